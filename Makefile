@@ -1,0 +1,77 @@
+# Needs Python 3.10 to 3.13 and make, nothing else. `make` alone lists the targets.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+# The models in the demo and the tests are small: one thread is as fast as many on an idle machine,
+# and several times faster on a busy one.
+OMP_NUM_THREADS ?= 1
+TOKENIZERS_PARALLELISM ?= false
+PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
+
+.PHONY: help demo test test-courses test-sae-lens clean
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "Another Python: make test PYTHON=python3.12    A part of the suite: make test PYTEST_ARGS='-k spec'"
+
+demo: .venv/.demo  ## explain real sentences position by position, offline, and print the table
+	@HF_HUB_OFFLINE=1 .venv/bin/python tutorials/demo.py
+
+test: .venv/.test  ## lint, check types and run the suite with transformer-lens 4 and transformers 5
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-courses: .venv-courses/.test  ## run the suite with transformer-lens 2.18 and transformers 4.57
+	HF_HUB_OFFLINE=1 .venv-courses/bin/python -m pytest $(PYTEST_ARGS)
+
+test-sae-lens: .venv-sae-lens/.test  ## run the suite with sae-lens and transformer-lens 3.9
+	HF_HUB_OFFLINE=1 .venv-sae-lens/bin/python -m pytest $(PYTEST_ARGS)
+
+clean:  ## remove the environments, caches and build leftovers
+	rm -rf .venv .venv-courses .venv-sae-lens build dist nla_lens.egg-info
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp file is written when an installation has succeeded, so a second run goes straight on.
+
+# $(call install,EXTRAS,CONSTRAINTS)
+define install
+@echo "Installing nla-lens[$(1)] into $(@D): a minute or two the first time"
+@$(@D)/bin/python -m pip install -q -e '.[$(1)]' -c constraints/$(2).txt
+@touch $@
+endef
+comma := ,
+
+.venv/.demo: .venv/.python pyproject.toml constraints/current.txt
+	$(call install,transformer-lens,current)
+
+# Not `all`: sae-lens needs an older transformer-lens.
+.venv/.test: .venv/.python pyproject.toml constraints/current.txt
+	$(call install,transformer-lens$(comma)nnsight$(comma)lora$(comma)dev,current)
+	@touch .venv/.demo
+
+.venv-courses/.test: .venv-courses/.python pyproject.toml constraints/courses.txt
+	$(call install,transformer-lens$(comma)lora$(comma)dev,courses)
+
+.venv-sae-lens/.test: .venv-sae-lens/.python pyproject.toml constraints/sae-lens.txt
+	$(call install,transformer-lens$(comma)sae$(comma)lora$(comma)dev,sae-lens)
+
+%/.python:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "nla-lens: there is no '$(PYTHON)' here. Install Python 3.10 to 3.13, or name one:" \
+	    "make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "nla-lens: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1). Python 3.10 to 3.13 is needed;" \
+	    "name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "nla-lens: '$(PYTHON)' has no venv or no ensurepip module, so no environment can be made." \
+	    "Debian and Ubuntu have them in the package python3-venv." >&2; exit 1; }
+	@"$(PYTHON)" -m venv $(@D)
+	@touch $@
