@@ -1,0 +1,138 @@
+"""From a name to the files of a checkpoint: embedded, a local directory, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from nla_lens.errors import NLAError
+from nla_lens.releases import TINY_DIR, find_release
+from nla_lens.sidecar import SIDECAR_NAME, Role, Sidecar, read_sidecar
+
+_EMBEDDED: Final = {
+    "tiny": (TINY_DIR / "av", TINY_DIR / "ar"),
+    "tiny-norm-matched": (TINY_DIR / "av_norm_matched", TINY_DIR / "ar"),
+}
+_SMALL_FILES: Final = ("*.json", "*.yaml", "*.jinja", "*.txt", "*.model")
+_WEIGHTS: Final = ("*.safetensors",)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One half on disk.
+
+    Attributes:
+        name: What the caller called it.
+        path: Its directory.
+    """
+
+    name: str
+    path: Path
+
+    @cached_property
+    def sidecar(self) -> Sidecar:
+        """The parsed `nla_meta.yaml`."""
+        return read_sidecar(self.path)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """config.json; the nested text config where the model is a multimodal wrapper."""
+        path = self.path / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise NLAError(f"{path} cannot be read: {error}") from error
+        if not isinstance(config, Mapping):
+            raise NLAError(f"{path} must hold an object, found {type(config).__name__}")
+        nested = config.get("text_config")
+        return nested if isinstance(nested, Mapping) else config
+
+    def check_role(self, role: Role) -> None:
+        """Refuses an AR where an AV belongs, and the other way round.
+
+        Raises:
+            NLAError: The sidecar says it is the other half.
+        """
+        found = self.sidecar.role
+        if found is not None and found != role:
+            what = {"av": "a verbalizer (AV)", "ar": "a reconstructor (AR)"}
+            raise NLAError(
+                f"{self.name} is {what[found]}, not {what[role]} (role in {self.sidecar.path}); "
+                f"pass it as {found}="
+            )
+
+
+def find_pair(name: str) -> tuple[str | Path, str | Path | None]:
+    """The AV and, where there is one, the AR that a single name stands for.
+
+    Accepts an embedded pair, the stem of a pair (`NAME-av` and `NAME-ar`, on disk or on the hub), a
+    directory with `av/` and `ar/`, or a verbalizer alone.
+    """
+    if name in _EMBEDDED:
+        return _EMBEDDED[name]
+    local = Path(name).expanduser()
+    if (local / SIDECAR_NAME).is_file():
+        return local, None
+    for av, ar in ((local / "av", local / "ar"), (Path(f"{local}-av"), Path(f"{local}-ar"))):
+        if av.is_dir():
+            return av, ar if ar.is_dir() else None
+    if local.is_dir():
+        raise NLAError(
+            f"{local} has neither {SIDECAR_NAME} nor av/ and ar/, and there is no {local}-av: "
+            "name a verbalizer's directory, or the stem of a pair"
+        )
+    release = find_release(name)
+    if release is not None and name == release.stem:
+        return release.av, release.ar
+    if name.endswith("-av") or (release is not None and name == release.av):
+        return name, None
+    return f"{name}-av", f"{name}-ar"
+
+
+def open_checkpoint(
+    name: str | Path, *, revision: str | None = None, weights: bool = True
+) -> Checkpoint:
+    """Makes the files of one half available on this machine.
+
+    Args:
+        name: A directory, or a hub repository `owner/name`.
+        revision: Branch, tag or commit on the hub.
+        weights: Download the weights, too; without them only the small files are fetched.
+
+    Raises:
+        NLAError: Neither a directory nor a repository that can be had.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir():
+        return Checkpoint(str(name), local)
+    return Checkpoint(str(name), _download(str(name), revision, weights))
+
+
+def _download(repo: str, revision: str | None, weights: bool) -> Path:
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise NLAError(
+            f"no checkpoint {repo!r}: not a directory here, and not a hub repository (owner/name) or "
+            f"one of the embedded {sorted(_EMBEDDED)}"
+        )
+    # Imported late: `import nla_lens` stays quick, and local checkpoints never need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=[*_SMALL_FILES, *(_WEIGHTS if weights else ())],
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise NLAError(
+            f"{repo} cannot be fetched from the hub ({type(error).__name__}: {reason}); check the "
+            "name, the network and, for gated models, `hf auth login`"
+        ) from error

@@ -1,0 +1,191 @@
+"""The default engine: both halves in this process, injected by torch forward hooks.
+
+Own decode loop instead of `generate`: a checkpoint's generation_config (repetition penalty,
+do_sample) leaks into `generate` even where it is told to be greedy, sampled rows there depend on
+what else is in the batch, and Gemma 3's wrapper refuses embeddings. All rows share one prompt, so
+nothing is ever padded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla_lens.batching import choose_batch_size, length_batches
+from nla_lens.checkpoint import Checkpoint
+from nla_lens.engines import Job, Placement
+from nla_lens.errors import NLAError
+from nla_lens.hf import input_device, load_backbone, load_causal_lm, text_model
+from nla_lens.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace, rescale
+from nla_lens.sampling import Sampler
+from nla_lens.spec import NLASpec
+
+
+def load_verbalizer(
+    checkpoint: Checkpoint, spec: NLASpec, placement: Placement
+) -> TransformersVerbalizer:
+    """The AV of a checkpoint directory."""
+    return TransformersVerbalizer(load_causal_lm(checkpoint.path, **vars(placement)), spec)
+
+
+def load_reconstructor(checkpoint: Checkpoint, placement: Placement) -> TransformersReconstructor:
+    """The truncated backbone of an AR directory."""
+    return TransformersReconstructor(load_backbone(checkpoint.path, **vars(placement)))
+
+
+class TransformersVerbalizer:
+    """An AV as a transformers causal LM.
+
+    Attributes:
+        model: The causal LM, frozen.
+        eos_ids: See `VerbalizerEngine`.
+    """
+
+    def __init__(self, model: Any, spec: NLASpec) -> None:
+        self.model = model
+        self._spec = spec
+        self.eos_ids = find_eos_ids(model)
+        self._place = injection_module(model, spec)
+
+    @torch.inference_mode()
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """What enters block 0, `[T, d]` float32; Gemma's sqrt(d) is applied by its own module."""
+        embedding = self.model.get_input_embeddings()
+        ids_T = torch.tensor(list(ids), device=input_device(self.model))
+        embedded: Tensor = embedding(ids_T)
+        return embedded.float().cpu()
+
+    def generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
+        """Yields (row, ids) batch by batch."""
+        n = len(job.vectors_ND)
+        size = job.batch_size or choose_batch_size(
+            self.model, len(job.prompt_ids) + job.max_new_tokens
+        )
+        for start in range(0, n, size):
+            yield from self._generate_batch(job, range(start, min(start + size, n)))
+
+    @torch.inference_mode()
+    def _generate_batch(self, job: Job, rows: range) -> list[tuple[int, list[int]]]:
+        sampler = Sampler(job.temperature, [job.seeds[row] for row in rows] if job.seeds else None)
+        generated: list[list[int]] = [[] for _ in rows]
+        alive = list(range(len(rows)))
+        logits_BV, cache = self._prefill(job, rows)
+        while True:
+            next_ids = sampler.pick(logits_BV, alive)
+            for i, token in zip(alive, next_ids, strict=True):
+                generated[i].append(token)
+            keep = [k for k, i in enumerate(alive) if not self._is_over(generated[i], job)]
+            if not keep:
+                return list(zip(rows, generated, strict=True))
+            if len(keep) < len(alive):
+                cache.batch_select_indices(torch.tensor(keep, device=logits_BV.device))
+                alive = [alive[k] for k in keep]
+            step = torch.tensor([generated[i][-1:] for i in alive], device=logits_BV.device)
+            logits_BV, cache = self._step(step, cache)
+
+    def _is_over(self, ids: Sequence[int], job: Job) -> bool:
+        return (
+            ids[-1] in self.eos_ids or len(ids) >= job.max_new_tokens or job.is_finished(ids)
+        )
+
+    def _prefill(self, job: Job, rows: range) -> tuple[Tensor, Any]:
+        ids_BT = torch.tensor([list(job.prompt_ids)] * len(rows), device=input_device(self.model))
+        vectors_BD = job.vectors_ND[rows.start : rows.stop]
+        with self._injected(vectors_BD, job.marker):
+            return self._step(ids_BT, None)
+
+    def _step(self, ids_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        out = self.model(
+            input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[:, -1].float(), out.past_key_values
+
+    @contextlib.contextmanager
+    def _injected(self, vectors_BD: Tensor, marker: int) -> Iterator[None]:
+        """Injects while it lasts: around the prefill alone, so decode steps are never touched."""
+        spec, fired = self._spec, []
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            fired.append(module)
+            resid_BTD = output[0] if isinstance(output, tuple) else output
+            if spec.injection == "replace":
+                scale = spec.injection_scale or 0.0
+                injected = replace(resid_BTD, rescale(vectors_BD, scale), marker)
+            else:
+                injected = norm_matched_add(resid_BTD, vectors_BD, marker)
+            return (injected, *output[1:]) if isinstance(output, tuple) else injected
+
+        handle = self._place.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if len(fired) != 1:
+            raise NLAError(
+                f"the injection hook on {type(self._place).__name__} fired {len(fired)} times "
+                "instead of once: this model's forward pass is not the one the rule was made for"
+            )
+
+
+class TransformersReconstructor:
+    """An AR's backbone as a transformers model without its final norm.
+
+    Attributes:
+        model: The truncated backbone, frozen.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def last_resid(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """`[n, d]` float32; batches are right-padded whatever side the tokenizer prefers."""
+        stack = text_model(self.model)
+        out_ND: Tensor | None = None
+        device = input_device(self.model)
+        for rows in length_batches([len(p) for p in prompts], device):
+            lengths = torch.tensor([len(prompts[r]) for r in rows])
+            ids_BT = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+            for i, row in enumerate(rows):
+                ids_BT[i, : len(prompts[row])] = torch.tensor(list(prompts[row]))
+            mask_BT = (torch.arange(ids_BT.shape[1]) < lengths[:, None]).long()
+            resid_BTD = stack(
+                input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False
+            ).last_hidden_state
+            last_BD = resid_BTD[torch.arange(len(rows)), lengths - 1].float().cpu()
+            if out_ND is None:
+                out_ND = last_BD.new_empty(len(prompts), last_BD.shape[-1])
+            out_ND[rows] = last_BD
+        if out_ND is None:
+            return torch.empty(0, text_model(self.model).config.hidden_size)  # type: ignore[union-attr,arg-type]
+        return out_ND
+
+
+def injection_module(model: nn.Module, spec: NLASpec) -> nn.Module:
+    """The module whose output a vector is put into.
+
+    Raises:
+        NLAError: The model has no block 1 for `norm_matched_add`.
+    """
+    if spec.injection == "replace":
+        embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        return embedding
+    blocks = text_model(model).layers
+    layer = NORM_MATCHED_ADD_AT.layer
+    if len(blocks) <= layer:  # type: ignore[arg-type]
+        raise NLAError(f"norm_matched_add acts at the output of block {layer}; the model has fewer")
+    block: nn.Module = blocks[layer]  # type: ignore[index]
+    return block
+
+
+def find_eos_ids(model: Any) -> frozenset[int]:
+    """End-of-sequence ids of generation_config, else of the config; nothing else of either."""
+    for config in (model.generation_config, model.config):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return frozenset()

@@ -1,0 +1,23 @@
+"""The one exception type, and the one warning type, a caller of nla_lens has to know."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nla_lens.explanation import Explanations
+
+
+class NLAError(ValueError):
+    """Something a caller can put right: says what was wrong, where, and what to do.
+
+    Attributes:
+        explanations: What had been finished when the error struck, in input order from the
+            first vector on; None where the error came before any model ran.
+    """
+
+    explanations: Explanations | None = None
+
+
+class NLAWarning(UserWarning):
+    """Nothing failed, but the result may not mean what it seems to mean."""

@@ -1,0 +1,215 @@
+"""The run from checked vectors to finished explanations: verbalize, reconstruct, score, flag."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from nla_lens import metrics
+from nla_lens.errors import NLAError
+from nla_lens.explanation import Explanation
+from nla_lens.flags import find_flags
+from nla_lens.injection import norms
+from nla_lens.reconstructor import Reconstructor
+from nla_lens.vectors import VectorBatch
+from nla_lens.verbalizer import Answer, Verbalizer
+
+_SCORED_AT_ONCE: Final = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller of `explain` asked for; see `NLA.explain`."""
+
+    max_new_tokens: int = 200
+    temperature: float = 0.0
+    num_samples: int = 1
+    seed: int | None = None
+    batch_size: int | None = None
+    prompt: str | None = None
+    score: bool | None = None
+    progress: bool | None = None
+
+    def check(self, *, has_reconstructor: bool) -> None:
+        """Refuses what cannot work.
+
+        Raises:
+            NLAError: Names the option and the remedy.
+        """
+        for name in ("max_new_tokens", "num_samples", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not _is_positive_int(value)):
+                raise NLAError(f"{name}={value!r} must be a positive integer")
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < math.inf:
+            raise NLAError(f"temperature={self.temperature!r} must be 0 (argmax) or positive")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise NLAError(
+                f"num_samples={self.num_samples} at temperature 0 would give the same text each "
+                "time; pass temperature=1.0"
+            )
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+            raise NLAError(f"seed={self.seed!r} must be an integer from 0 to 2**63 - 1")
+        if self.score and not has_reconstructor:
+            raise NLAError("score=True needs a reconstructor; load one with ar=")
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def explain_batch(
+    verbalizer: Verbalizer,
+    reconstructor: Reconstructor | None,
+    batch: VectorBatch,
+    options: Options,
+) -> Iterator[Explanation]:
+    """Yields explanations in input order.
+
+    A failure or Ctrl-C on the way comes after everything that was finished has been yielded.
+
+    Raises:
+        NLAError: The engine failed.
+    """
+    scorer = None if options.score is False else reconstructor
+    finish = _Finisher(verbalizer, scorer, batch, options.num_samples)
+    try:
+        for answer in verbalizer.answers(
+            batch.vectors_ND.repeat_interleave(options.num_samples, dim=0),
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seeds=_seeds(options, len(batch) * options.num_samples),
+            batch_size=options.batch_size,
+            prompt=options.prompt,
+        ):
+            finish.add(answer)
+            if finish.n_waiting >= _SCORED_AT_ONCE:
+                yield from finish.flush()
+    except NLAError:
+        yield from finish.flush()
+        raise
+    except KeyboardInterrupt:
+        yield from finish.flush()
+        raise
+    except Exception as error:
+        yield from finish.flush()
+        raise NLAError(
+            f"the verbalizer failed after {finish.n_done} of {len(batch)} vectors: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    yield from finish.flush()
+
+
+def _seeds(options: Options, n: int) -> Sequence[int]:
+    """A seed for each row, so that a row's text does not depend on its batch."""
+    if options.temperature == 0:
+        return ()
+    base = secrets.randbits(48) if options.seed is None else options.seed
+    return [(base * 1_000_003 + row) % 2**63 for row in range(n)]
+
+
+class _Finisher:
+    """Collects answers and turns them, many at once, into scored and flagged explanations."""
+
+    def __init__(
+        self,
+        verbalizer: Verbalizer,
+        reconstructor: Reconstructor | None,
+        batch: VectorBatch,
+        num_samples: int,
+    ) -> None:
+        self._spec, self._reconstructor = verbalizer.spec, reconstructor
+        self._batch, self._num_samples = batch, num_samples
+        self._norms_N = norms(batch.vectors_ND)[:, 0]
+        self._waiting: list[Answer] = []
+        self.n_done = 0
+
+    @property
+    def n_waiting(self) -> int:
+        """Vectors whose answers are all there."""
+        return len(self._waiting) // self._num_samples
+
+    def add(self, answer: Answer) -> None:
+        self._waiting.append(answer)
+
+    def flush(self) -> Iterator[Explanation]:
+        """Yields what is complete, and forgets it.
+
+        Raises:
+            NLAError: The reconstructor failed; the texts are yielded first, unscored.
+        """
+        n, start, k = self.n_waiting, self.n_done, self._num_samples
+        answers, self._waiting = self._waiting[: n * k], self._waiting[n * k :]
+        rows = [start + i // k for i in range(n * k)]
+        drafts = [self._draft(answer, row) for answer, row in zip(answers, rows, strict=True)]
+        failure: Exception | None = None
+        try:
+            scored = self._scored(drafts, rows)
+        except Exception as error:
+            scored, failure = drafts, error
+        flagged = [self._flagged(e) for e in scored]
+        self.n_done += n
+        for i in range(n):
+            yield _best(flagged[i * k : (i + 1) * k])
+        if failure is not None:
+            raise NLAError(
+                f"the reconstructor failed ({type(failure).__name__}: {failure}); the texts are "
+                "there, their scores are not"
+            ) from failure
+
+    def _draft(self, answer: Answer, row: int) -> Explanation:
+        return Explanation(
+            text=answer.text,
+            raw_text=answer.raw_text,
+            token_ids=answer.token_ids,
+            complete=answer.complete,
+            norm=float(self._norms_N[row]),
+            **self._provenance(row),
+        )
+
+    def _provenance(self, row: int) -> dict[str, object]:
+        origin = self._batch.origin
+        if origin is None:
+            return {}
+        _, position, token_id = origin.where_LX3[row].tolist()
+        known = token_id >= 0
+        return {
+            "hook_name": origin.hook_name,
+            "position": position,
+            "token_id": token_id if known else None,
+            "token": origin.to_token(token_id) if known and origin.to_token else None,
+        }
+
+    def _scored(self, drafts: list[Explanation], rows: list[int]) -> list[Explanation]:
+        if self._reconstructor is None or not drafts:
+            return drafts
+        scores = metrics.score(
+            self._reconstructor.reconstruct([draft.text for draft in drafts]),
+            self._batch.vectors_ND[torch.tensor(rows)],
+            mse_scale=self._spec.mse_scale,
+            var_nrm=self._spec.var_nrm,
+        )
+        return [
+            replace(
+                draft,
+                cos=float(scores.cos[i]),
+                mse_nrm=float(scores.mse_nrm[i]),
+                fve_nrm=None if scores.fve_nrm is None else float(scores.fve_nrm[i]),
+            )
+            for i, draft in enumerate(drafts)
+        ]
+
+    def _flagged(self, explanation: Explanation) -> Explanation:
+        return replace(explanation, flags=find_flags(explanation, self._spec))
+
+
+def _best(samples: list[Explanation]) -> Explanation:
+    """The best of a vector's samples, carrying them all."""
+    if len(samples) == 1:
+        return samples[0]
+    ranked = sorted(samples, key=lambda e: -(e.cos if e.cos is not None else 0.0))
+    return replace(ranked[0], samples=tuple(ranked))

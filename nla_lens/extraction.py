@@ -1,0 +1,186 @@
+"""Residual vectors out of a source model: blocks 0..K run, the rest does not.
+
+>>> resid = nla_lens.extract("path/or/hub-name", ["The garlic sizzles."], layer=20)
+>>> resid[0].shape                # [T, d_model]
+>>> resid[0][-1].explain(nla)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nla_lens.batching import length_batches
+from nla_lens.errors import NLAError
+from nla_lens.frameworks import find_adapter
+from nla_lens.hook_point import ResidPost
+from nla_lens.residual import Origin, ResidualTensor, locate
+from nla_lens.verbalizer import render_chat
+
+Text: TypeAlias = "str | Sequence[Mapping[str, Any]]"
+"""A plain text, or chat messages `{"role": ..., "content": ...}`."""
+
+
+class Source(Protocol):
+    """A model whose residual stream can be read; each framework's adapter provides one.
+
+    Attributes:
+        tokenizer: The model's own.
+        is_whole: Whether it has all its blocks and can write on.
+    """
+
+    tokenizer: Any
+    is_whole: bool
+
+    def check_place(self, place: ResidPost) -> None:
+        """Raises an NLAError if the model has no such block."""
+        ...
+
+    def resid(self, ids_BT: Tensor, place: ResidPost) -> Tensor:
+        """The residual stream at `place`, `[B, T, d]`, running no later block; no row is padded."""
+        ...
+
+    def go_on(self, ids: Sequence[int], n: int) -> list[int]:
+        """Up to n ids the model writes next, argmax, end-of-sequence left out."""
+        ...
+
+
+def extract(
+    model: Any,
+    texts: str | Sequence[Text],
+    layer: int,
+    positions: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    *,
+    tokenizer: Any = None,
+) -> list[ResidualTensor]:
+    """Reads the output of block `layer` for texts.
+
+    Args:
+        model: A transformers model, a TransformerBridge, HookedTransformer or nnsight model, or the
+            name of a checkpoint (only its first blocks are loaded).
+        texts: Texts, tokenized with the tokenizer's special tokens; or lists of chat messages, rendered
+            once by the chat template.
+        layer: Index of the block, from 0; negative ones are refused.
+        positions: Keep only these tokens of each text, negative ones from the end; None keeps all.
+        batch_size: Most texts at once; None chooses.
+        tokenizer: Instead of the model's own.
+
+    Returns:
+        One `ResidualTensor [T_i, d_model]` per text, in input order, in the model's dtype.
+
+    Raises:
+        NLAError: No such layer or position, or no tokenizer to be found.
+    """
+    place = ResidPost(layer)
+    if not isinstance(layer, int) or layer < 0:
+        raise NLAError(f"layer={layer!r} must be the index of a block, from 0")
+    source = open_source(model, n_blocks=place.n_blocks, tokenizer=tokenizer)
+    source.check_place(place)
+    listed: list[Text] = [texts] if isinstance(texts, str) else list(texts)
+    prompts = [encode(source.tokenizer, text) for text in listed]
+    picked = [_positions(positions, len(ids)) for ids in prompts]
+    found: dict[int, ResidualTensor] = {}
+    for rows in _batches([len(ids) for ids in prompts], batch_size):
+        resid_BTD = source.resid(torch.tensor([prompts[row] for row in rows]), place)
+        for i, row in enumerate(rows):
+            found[row] = _wrap(resid_BTD[i], prompts[row], row, picked[row], place, source)
+    return [found[row] for row in range(len(prompts))]
+
+
+def read_text(
+    source: Source,
+    text: Text,
+    place: ResidPost,
+    *,
+    positions: Sequence[int] | None = None,
+    generate: int = 0,
+) -> ResidualTensor:
+    """The residual of one text at `place`, and of what the model writes next."""
+    source.check_place(place)
+    ids = encode(source.tokenizer, text, for_answer=generate > 0)
+    picked = _positions(positions, len(ids))
+    if generate > 0:
+        written = source.go_on(ids, generate)
+        picked = [*picked, *range(len(ids), len(ids) + len(written))]
+        ids = [*ids, *written]
+    resid_TD = source.resid(torch.tensor([ids]), place)[0]
+    return _wrap(resid_TD, ids, 0, picked, place, source)
+
+
+def encode(tokenizer: Any, text: Text, *, for_answer: bool = False) -> list[int]:
+    """Token ids of a text with its special tokens, or of chat messages.
+
+    Raises:
+        NLAError: Neither text nor messages, or nothing at all.
+    """
+    if isinstance(text, str):
+        ids = list(tokenizer(text)["input_ids"])
+    elif isinstance(text, Sequence) and all(isinstance(turn, Mapping) for turn in text):
+        ids = render_chat(tokenizer, text, add_generation_prompt=for_answer)
+    else:
+        raise NLAError(f"a text is a string or a list of chat messages, found {text!r:.80}")
+    if not ids:
+        raise NLAError("the text has no tokens")
+    return ids
+
+
+def _positions(positions: Sequence[int] | None, length: int) -> list[int]:
+    if positions is None:
+        return list(range(length))
+    for position in positions:
+        if not isinstance(position, int) or not -length <= position < length:
+            raise NLAError(f"position {position!r} is not in a text of {length} tokens")
+    return [position % length for position in positions]
+
+
+def _batches(lengths: Sequence[int], batch_size: int | None) -> list[list[int]]:
+    """Rows of equal length together: nothing is padded, so every row is computed as if alone."""
+    batches = list(length_batches(lengths, torch.device("cpu")))
+    if batch_size is None:
+        return batches
+    return [
+        rows[i : i + batch_size] for rows in batches for i in range(0, len(rows), batch_size)
+    ]
+
+
+def _wrap(
+    resid_TD: Tensor, ids: list[int], row: int, picked: list[int], place: ResidPost, source: Source
+) -> ResidualTensor:
+    where_TX3 = locate(torch.tensor([ids]))[0]
+    where_TX3[:, 0] = row
+    origin = Origin(place.name, where_TX3[picked], token_text(source.tokenizer))
+    # A copy, so that a kept position does not keep the whole batch in memory.
+    return ResidualTensor.wrap(resid_TD[picked].clone(), origin)
+
+
+def token_text(tokenizer: Any) -> Callable[[int], str]:
+    """Text of single token ids."""
+    return lambda token_id: str(tokenizer.decode([token_id]))
+
+
+def open_source(model: Any, *, n_blocks: int | None = None, tokenizer: Any = None) -> Source:
+    """A readable source from whatever names or holds a model.
+
+    Args:
+        model: See `extract`; a `Source` is taken as it is.
+        n_blocks: How many blocks are needed, where it must be loaded; None is all.
+        tokenizer: Instead of the model's own.
+    """
+    if all(hasattr(model, name) for name in ("check_place", "resid", "go_on")):
+        source: Source = model
+        return source
+    adapter = find_adapter(model)
+    if adapter is not None:
+        adapted: Source = adapter.as_source(model, tokenizer)
+        return adapted
+    # Imported late: it loads transformers.
+    from nla_lens.hf_source import HFSource, load_source
+
+    if isinstance(model, (str, Path)):
+        return load_source(model, n_blocks=n_blocks, tokenizer=tokenizer)
+    return HFSource(model, tokenizer)

@@ -1,0 +1,94 @@
+"""A transformers model as a source of residual vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla_lens.engines.transformers import find_eos_ids
+from nla_lens.errors import NLAError
+from nla_lens.hf import input_device, load_backbone, load_causal_lm, load_tokenizer, text_model
+from nla_lens.hook_point import ResidPost
+
+
+class _ReachedPlace(Exception):  # noqa: N818
+    """Carries the residual stream out of a forward pass that need not go on."""
+
+    def __init__(self, resid_BTD: Tensor) -> None:
+        super().__init__("the asked-for block has run")
+        self.resid_BTD = resid_BTD
+
+
+class HFSource:
+    """Reads the output of a block through a forward hook that ends the pass there."""
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        """Args:
+        model: A transformers model, in eval mode for repeatable values.
+        tokenizer: Instead of the one under the model's `name_or_path`.
+
+        Raises:
+            NLAError: Not a transformers model.
+        """
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise NLAError(
+                f"cannot read the residual stream of a {type(model).__name__}; pass a transformers, "
+                "TransformerLens or nnsight model, or the name of a checkpoint"
+            )
+        self.model = model
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model.name_or_path)  # type: ignore[arg-type]
+        self._blocks: Any = text_model(model).layers
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is an lm_head to write on with."""
+        return self.model.get_output_embeddings() is not None  # type: ignore[operator]
+
+    def check_place(self, place: ResidPost) -> None:
+        """Raises an NLAError if there is no such block."""
+        if place.layer >= len(self._blocks):
+            raise NLAError(
+                f"layer {place.layer} does not exist: {self.model.name_or_path} has "
+                f"{len(self._blocks)} blocks (0 to {len(self._blocks) - 1})"
+            )
+
+    @torch.inference_mode()
+    def resid(self, ids_BT: Tensor, place: ResidPost) -> Tensor:
+        """`[B, T, d]`, output of block `place.layer`; later blocks do not run."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            raise _ReachedPlace(output[0] if isinstance(output, tuple) else output)
+
+        handle = self._blocks[place.layer].register_forward_hook(hook)
+        try:
+            text_model(self.model)(input_ids=ids_BT.to(input_device(self.model)), use_cache=False)
+        except _ReachedPlace as reached:
+            return reached.resid_BTD
+        finally:
+            handle.remove()
+        raise NLAError(f"block {place.layer} did not run in a forward pass of {type(self.model)}")
+
+    @torch.inference_mode()
+    def go_on(self, ids: Sequence[int], n: int) -> list[int]:
+        """Argmax continuation with a key-value cache."""
+        ends, written = find_eos_ids(self.model), []
+        step, cache = torch.tensor([list(ids)], device=input_device(self.model)), None
+        for _ in range(n):
+            out = self.model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache, chosen = out.past_key_values, int(out.logits[0, -1].float().argmax())
+            if chosen in ends:
+                break
+            written.append(chosen)
+            step = torch.tensor([[chosen]], device=step.device)
+        return written
+
+
+def load_source(name: str | Path, *, n_blocks: int | None, tokenizer: Any = None) -> HFSource:
+    """Loads a source model, only its first blocks where `n_blocks` says so."""
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(name)
+    model = load_causal_lm(name) if n_blocks is None else load_backbone(name, n_blocks=n_blocks)
+    return HFSource(model, tokenizer)

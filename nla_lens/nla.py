@@ -1,0 +1,302 @@
+"""The pair: `NLA.from_pretrained`, `.explain`, `.reconstruct`, `.score`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nla_lens import metrics
+from nla_lens.engines import Placement
+from nla_lens.errors import NLAError
+from nla_lens.explaining import Options, explain_batch
+from nla_lens.explanation import Explanation, Explanations
+from nla_lens.extraction import Text, open_source, read_text
+from nla_lens.loading import Request, load_halves, name_halves, torch_dtype
+from nla_lens.progress import with_progress
+from nla_lens.reconstructor import Reconstructor
+from nla_lens.spec import NLASpec
+from nla_lens.vectors import VectorBatch, VectorsLike, check_vectors
+from nla_lens.verbalizer import Verbalizer
+
+
+class NLA:
+    """A natural language autoencoder: a verbalizer and, where there is one, a reconstructor.
+
+    >>> nla = NLA.from_pretrained("tiny")
+    >>> nla.explain(vector)                    # [d_model] -> Explanation
+    >>> nla.explain(vectors).to_pandas()       # [n, d_model] -> Explanations
+
+    Attributes:
+        spec: What was loaded, and where each value came from.
+        verbalizer: The AV, vectors to texts.
+        reconstructor: The AR, texts to vectors; None if none was loaded.
+    """
+
+    def __init__(self, verbalizer: Verbalizer, reconstructor: Reconstructor | None = None) -> None:
+        """Joins two loaded halves; `from_pretrained` is the usual way."""
+        self.spec: NLASpec = verbalizer.spec
+        self.verbalizer = verbalizer
+        self.reconstructor = reconstructor
+        self._source: Any = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path | None = None,
+        *,
+        av: str | Path | None = None,
+        ar: str | Path | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        device_map: Any = None,
+        revision: str | None = None,
+        injection: str | None = None,
+        injection_scale: float | None = None,
+        layer: int | None = None,
+        engine: str = "transformers",
+        trust_remote_code: bool = False,
+    ) -> NLA:
+        """Loads a pair, or a verbalizer alone.
+
+        Args:
+            name: An embedded pair ("tiny", "tiny-norm-matched"), a pair's stem on the hub or on
+                disk (`NAME-av`, `NAME-ar`), or a verbalizer alone.
+            av: Instead of `name`: the verbalizer, a directory or hub repository.
+            ar: The reconstructor; also overrides the one `name` stands for.
+            dtype: Of the weights; None is what config.json says.
+            device: Where the weights go; None is the CPU.
+            device_map: Instead of `device`: accelerate's way to spread a model.
+            revision: Branch, tag or commit on the hub.
+            injection: "replace" or "norm_matched_add"; None takes the sidecar's or the known
+                release's.
+            injection_scale: Overrides the sidecar's; the verbalizer was trained with that one.
+            layer: K, where neither sidecar nor known release says it.
+            engine: Where the halves run.
+            trust_remote_code: Run Python code from the checkpoint. Off: code of strangers.
+
+        Raises:
+            NLAError: Not found, not an NLA, incomplete or contradictory.
+        """
+        av, ar = name_halves(name, av, ar)
+        placement = Placement(torch_dtype(dtype), device, device_map, trust_remote_code)
+        return cls(
+            *load_halves(
+                Request(
+                    av,
+                    ar,
+                    placement,
+                    revision=revision,
+                    injection=injection,
+                    injection_scale=injection_scale,
+                    layer=layer,
+                    engine=engine,
+                )
+            )
+        )
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        halves = "AV + AR" if self.reconstructor else "AV alone"
+        return (
+            f"NLA({halves}, source={spec.source_model!r}, hook={spec.hook_name!r}, "
+            f"d_model={spec.d_model}, injection={spec.injection!r}, var_nrm={spec.var_nrm})"
+        )
+
+    def explain(
+        self,
+        vectors: VectorsLike,
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 0.0,
+        num_samples: int = 1,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        prompt: str | None = None,
+        score: bool | None = None,
+        progress: bool | None = None,
+    ) -> Explanation | Explanations:
+        """Says in words what vectors hold.
+
+        Args:
+            vectors: `[d]`, `[n, d]`, `[batch, pos, d]` and so on; torch or numpy, any float dtype,
+                any device. A `ResidualTensor` also tells its tokens and positions.
+            max_new_tokens: Longest explanation, in tokens.
+            temperature: 0 is plain argmax, whatever the checkpoint's generation_config says.
+            num_samples: Explanations per vector; needs a temperature above 0.
+            seed: Makes sampling repeatable, in any batch.
+            batch_size: Most vectors at once; None chooses from free memory.
+            prompt: Another user turn, with `<INJECT>` where the vector goes.
+            score: Reconstruct and compare; None does where there is a reconstructor.
+            progress: A bar; None shows one when it takes long on a terminal or in a notebook.
+
+        Returns:
+            An `Explanation` for `[d]`, else `Explanations` with the shape of the leading axes.
+
+        Raises:
+            NLAError: A vector or an option that cannot be explained, before any model runs; or an
+                engine that failed on the way. What was finished is in the error's `explanations`.
+        """
+        options = Options(
+            max_new_tokens, temperature, num_samples, seed, batch_size, prompt, score, progress
+        )
+        batch = self._check(vectors, options)
+        finished: list[Explanation] = []
+        try:
+            finished.extend(self._run(batch, options))
+        except (NLAError, KeyboardInterrupt) as error:
+            # list.extend keeps what came before the error.
+            error.explanations = Explanations(finished)  # type: ignore[union-attr]
+            raise
+        return Explanations(finished, batch.shape) if batch.shape else finished[0]
+
+    def explain_iter(self, vectors: VectorsLike, **options: Any) -> Iterator[Explanation]:
+        """Like `explain`, yielding one explanation at a time as they finish, in input order.
+
+        What has been yielded is yours whatever happens later. Bad input is refused by the call
+        itself, not by the first step of the loop.
+
+        Args:
+            vectors: As in `explain`; several leading axes come in row-major order.
+            **options: As in `explain`.
+        """
+        wishes = _options(options)
+        return self._run(self._check(vectors, wishes), wishes)
+
+    def _check(self, vectors: VectorsLike, options: Options) -> VectorBatch:
+        options.check(has_reconstructor=self.reconstructor is not None)
+        if options.prompt is not None:
+            self.verbalizer.custom_prompt(options.prompt)
+        return check_vectors(vectors, self.spec.d_model)
+
+    def _run(self, batch: VectorBatch, options: Options) -> Iterator[Explanation]:
+        explained = explain_batch(self.verbalizer, self.reconstructor, batch, options)
+        return with_progress(explained, total=len(batch), show=options.progress)
+
+    def explain_text(
+        self,
+        text: Text,
+        positions: Sequence[int] | None = None,
+        model: Any = None,
+        generate: int = 0,
+        **options: Any,
+    ) -> Explanations:
+        """Runs the source model on a text up to block K and explains what it holds.
+
+        Args:
+            text: A string, or a list of chat messages for the chat template.
+            positions: Which tokens, negative ones from the end; None is all of them.
+            model: A loaded model or a checkpoint directory; None is `spec.source_model`, loaded at
+                the first call and kept.
+            generate: Let the model go on writing (argmax) for this many tokens and explain those,
+                too.
+            **options: As in `explain`.
+
+        Returns:
+            `Explanations` of shape `[n_positions + n_generated]`.
+
+        Raises:
+            NLAError: No source model is known, or a position the text does not have.
+        """
+        wishes = _options(options)
+        wishes.check(has_reconstructor=self.reconstructor is not None)
+        place = self.spec.place
+        if place is None:
+            raise NLAError("which layer to read is not known; pass layer= to from_pretrained")
+        if model is None:
+            model = self._source_model(whole=generate > 0)
+        source = open_source(model, n_blocks=None if generate else place.n_blocks)
+        resid = read_text(source, text, place, positions=positions, generate=generate)
+        explained = self.explain(resid, **options)
+        if not isinstance(explained, Explanations):
+            raise NLAError(f"expected one explanation per position, found {explained!r}")
+        return explained
+
+    def _source_model(self, *, whole: bool) -> Any:
+        """The source model, loaded once; blocks after K only where it must go on writing."""
+        name = self.spec.source_model
+        if name is None:
+            raise NLAError("the checkpoint does not name its source model; pass model=")
+        if self._source is None or (whole and not self._source.is_whole):
+            place = self.spec.place
+            self._source = open_source(name, n_blocks=None if whole or not place else place.n_blocks)
+        return self._source
+
+    def reconstruct(self, texts: Sequence[str]) -> Tensor:
+        """The vectors that texts stand for.
+
+        Args:
+            texts: n explanations, without tags.
+
+        Returns:
+            `[n, d]` float32 on the CPU, not normalised.
+
+        Raises:
+            NLAError: No reconstructor was loaded.
+        """
+        if self.reconstructor is None:
+            raise NLAError("this NLA has no reconstructor; load one with ar=")
+        return self.reconstructor.reconstruct(texts)
+
+    def score(self, texts: Sequence[str], vectors: VectorsLike) -> metrics.Scores:
+        """How well texts reconstruct vectors.
+
+        Args:
+            texts: n explanations, without tags.
+            vectors: `[n, d]`, in the same order.
+
+        Returns:
+            `.cos`, `.mse_nrm`, `.fve_nrm`, each `[n]`; fve_nrm is None without var_nrm.
+
+        Raises:
+            NLAError: Not as many texts as vectors, or no reconstructor.
+        """
+        batch = check_vectors(vectors, self.spec.d_model)
+        texts = [texts] if isinstance(texts, str) and not batch.shape else texts
+        if len(texts) != len(batch):
+            raise NLAError(f"{len(texts)} texts cannot be scored against {len(batch)} vectors")
+        return metrics.score(
+            self.reconstruct(texts),
+            batch.vectors_ND,
+            mse_scale=self.spec.mse_scale,
+            var_nrm=self.spec.var_nrm,
+        )
+
+    def encode(self, x: VectorsLike, **options: Any) -> list[str]:
+        """Texts of vectors, in row-major order: the SAE verb for `explain`."""
+        return [e.text for e in self.explain_iter(x, **{"score": False, **options})]
+
+    def decode(self, texts: Sequence[str]) -> Tensor:
+        """Vectors of texts, `[n, d]`: the SAE verb for `reconstruct`."""
+        return self.reconstruct(texts)
+
+    def __call__(self, x: VectorsLike, **options: Any) -> Tensor:
+        """AR(AV(x)), the reconstruction of x in x's shape; float32 on the CPU, AR's own norm."""
+        shape = tuple(x.shape)
+        return self.decode(self.encode(x, **options)).reshape(shape)
+
+    def steering_vector(self, explanation: Explanation | str, edited: str) -> Tensor:
+        """What an edit of an explanation means as a direction.
+
+        Args:
+            explanation: The original, or its text.
+            edited: The text after the edit.
+
+        Returns:
+            `AR(edited) - AR(explanation)`, `[d]` float32; adding it to the residual stream steers
+            the source model.
+        """
+        original_D, edited_D = self.reconstruct([str(explanation), edited])
+        return edited_D - original_D
+
+
+def _options(options: Mapping[str, Any]) -> Options:
+    known = {f.name for f in fields(Options)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(f"unknown options {unknown}; known are {sorted(known)}")
+    return Options(**options)

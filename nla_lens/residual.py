@@ -1,0 +1,187 @@
+"""A residual-stream tensor that knows where it came from.
+
+>>> resid = cache["resid_post", 20]      # ResidualTensor, [batch, pos, d_model]
+>>> resid[0, -1].explain()               # knows its row, its position and its token
+
+Slicing keeps what it knows; any other operation gives an ordinary `torch.Tensor` with the same
+values, and `torch.Tensor` itself is never patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nla_lens.errors import NLAError
+
+if TYPE_CHECKING:
+    from nla_lens.explanation import Explanation, Explanations
+    from nla_lens.nla import NLA
+
+PADDING = -1
+"""Position of a padding token."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of every vector of a residual tensor.
+
+    Attributes:
+        hook_name: `blocks.K.hook_resid_post` and the like.
+        where_LX3: For each vector its row, its position in the row's own text (`PADDING` for
+            padding) and its token id (-1 where unknown); int64 on the CPU, `[*leading, 3]`.
+        to_token: Text of a token id.
+        nla: Who explains; None until a probe is attached.
+    """
+
+    hook_name: str | None
+    where_LX3: torch.Tensor
+    to_token: Callable[[int], str] | None = None
+    nla: NLA | None = None
+
+    def at(self, index: Any) -> Origin:
+        """The same for a slice of the leading axes."""
+        return Origin(self.hook_name, self.where_LX3[index], self.to_token, self.nla)
+
+
+def locate(
+    token_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`where_LX3` of a batch of token ids `[B, T]`: positions count from each row's first real token."""
+    ids = token_ids_BT.detach().to("cpu", torch.int64)
+    real = torch.ones_like(ids) if attention_mask_BT is None else attention_mask_BT.cpu().long()
+    positions = torch.where(real.bool(), real.cumsum(-1) - 1, PADDING)
+    rows = torch.arange(len(ids))[:, None].expand_as(ids)
+    return torch.stack([rows, positions, ids], dim=-1)
+
+
+class ResidualTensor(torch.Tensor):
+    """A `torch.Tensor` of shape `[..., d_model]` with an `.explain()`.
+
+    Shares its memory with the tensor it was made from; pickling, copying and computing give
+    ordinary tensors.
+    """
+
+    _origin: Origin
+
+    @staticmethod
+    def wrap(resid: torch.Tensor, origin: Origin) -> ResidualTensor:
+        """Views `resid` as a ResidualTensor.
+
+        Args:
+            resid: `[*leading, d_model]`.
+            origin: What is known of it; `origin.where_LX3` is `[*leading, 3]`.
+        """
+        if resid.shape[:-1] != origin.where_LX3.shape[:-1]:
+            raise NLAError(
+                f"a residual of shape {tuple(resid.shape)} cannot come from positions of shape "
+                f"{tuple(origin.where_LX3.shape[:-1])}"
+            )
+        wrapped = resid.as_subclass(ResidualTensor)
+        wrapped._origin = origin
+        return wrapped
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Runs every operation as on an ordinary tensor; indexing is handled in `__getitem__`."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        # `x.float()` on a float32 tensor answers x itself; only in-place operations may.
+        if isinstance(result, ResidualTensor) and not _is_in_place(func):
+            return result.as_ordinary()
+        return result
+
+    def __getitem__(self, index: Any) -> torch.Tensor:  # type: ignore[override]
+        plain = self.as_ordinary()[index]
+        origin = getattr(self, "_origin", None)
+        leading = _leading_index(index, self.ndim)
+        if origin is None or leading is None:
+            return plain
+        kept = origin.at(leading)
+        return ResidualTensor.wrap(plain, kept)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_ordinary().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return self.as_ordinary().__deepcopy__(memo)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"ResidualTensor({self.as_ordinary()!r}, hook_name={self.hook_name!r})"
+
+    def as_ordinary(self) -> torch.Tensor:
+        """The same memory as a plain `torch.Tensor`."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(torch.Tensor)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the vectors came from."""
+        found = getattr(self, "_origin", None)
+        if found is None:
+            raise NLAError("this ResidualTensor was not made by ResidualTensor.wrap")
+        return found
+
+    @property
+    def hook_name(self) -> str | None:
+        """The hook point, TransformerLens' spelling."""
+        return self.origin.hook_name
+
+    def explain(self, nla: NLA | None = None, **options: Any) -> Explanation | Explanations:
+        """Says in words what each vector holds.
+
+        Args:
+            nla: Who explains; None is the NLA whose probe recorded this tensor.
+            **options: Those of `NLA.explain`.
+
+        Returns:
+            An `Explanation` for a single vector, else `Explanations` of the leading shape.
+
+        Raises:
+            NLAError: No probe is attached and no `nla` is given, or a value is not explainable.
+        """
+        nla = nla or self.origin.nla
+        if nla is None:
+            raise NLAError(
+                "this residual has no NLA to explain it: attach one before the run "
+                "(nla_lens.attach(model, nla)), or say .explain(nla)"
+            )
+        return nla.explain(self, **options)
+
+
+def _is_in_place(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _leading_index(index: Any, ndim: int) -> tuple[Any, ...] | None:
+    """The part of an index that concerns the leading axes; None if it reaches into d_model."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    parts = [torch.as_tensor(part) if isinstance(part, list) else part for part in parts]
+    if any(isinstance(part, bool) for part in parts):
+        return None
+    used = sum(_axes_used(part) for part in parts)
+    dots = [i for i, part in enumerate(parts) if part is Ellipsis]
+    if dots:
+        parts[dots[0] : dots[0] + 1] = [slice(None)] * (ndim - used)
+        used = ndim
+    if used > ndim - 1:
+        last = parts.pop()
+        if not (isinstance(last, slice) and last == slice(None)):
+            return None
+    return tuple(part.cpu() if isinstance(part, torch.Tensor) else part for part in parts)
+
+
+def _axes_used(part: Any) -> int:
+    if part is None or part is Ellipsis:
+        return 0
+    is_mask = getattr(part, "dtype", None) in (torch.bool, "bool")
+    return int(part.ndim) if is_mask else 1

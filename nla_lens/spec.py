@@ -1,0 +1,277 @@
+"""What an NLA is, put together from its sidecars, configs, the known releases and the caller.
+
+Order of trust: caller, sidecar, config.json, known release. Sidecar and config may not contradict
+each other; the injection rule is never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from nla_lens.checkpoint import Checkpoint
+from nla_lens.errors import NLAError, NLAWarning
+from nla_lens.hook_point import ResidPost
+from nla_lens.injection import RULES, Rule
+from nla_lens.releases import TINY_DIR, TINY_SOURCE_NAME, KnownRelease, find_release
+from nla_lens.sidecar import Sidecar
+
+DEFAULT_MIN_POSITION = 10
+"""Released NLAs were trained on positions from 50 on and decode poorly before about 10."""
+
+
+@dataclass(frozen=True)
+class NLASpec:
+    """All that is known of a loaded NLA.
+
+    Attributes:
+        d_model: Width of the residual stream.
+        layer: K: the NLA reads the output of decoder block K (from 0); None if nobody says.
+        source_model: Hub name or directory of the model that is read.
+        injection: `replace` or `norm_matched_add`.
+        injection_scale: L2 norm a vector is given before it replaces an embedding; None for the
+            other rule.
+        mse_scale: L2 norm both sides are given before they are compared; None compares raw.
+        var_nrm: Variance of the normalised training vectors, the baseline of `fve_nrm`.
+        min_position: Vectors from earlier positions are flagged `early_position`.
+        injection_char: The marker whose place in the prompt the vector takes.
+        injection_token_id: Its token id.
+        injection_left_neighbor_id: Token id before the marker in the canonical prompt.
+        injection_right_neighbor_id: Token id after it.
+        critic_suffix_ids: Last ids of every tokenized reconstructor prompt.
+        av_template: The verbalizer's user turn, with `{injection_char}`.
+        ar_template: The reconstructor's prompt, with `{explanation}`.
+        origins: Where each value came from: `sidecar`, `config`, `known release`, `caller`,
+            `default`.
+    """
+
+    d_model: int
+    layer: int | None
+    source_model: str | None
+    injection: Rule
+    injection_scale: float | None
+    mse_scale: float | None
+    var_nrm: float | None
+    min_position: int
+    injection_char: str
+    injection_token_id: int
+    injection_left_neighbor_id: int | None
+    injection_right_neighbor_id: int | None
+    critic_suffix_ids: tuple[int, ...] | None
+    av_template: str
+    ar_template: str | None
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def place(self) -> ResidPost | None:
+        """The layer as a place in the residual stream."""
+        return None if self.layer is None else ResidPost(self.layer)
+
+    @property
+    def hook_name(self) -> str | None:
+        """`blocks.K.hook_resid_post`."""
+        return None if self.place is None else self.place.name
+
+    @property
+    def usual_norm(self) -> float | None:
+        """Typical ||v||; `injection_scale` was chosen as the mean residual norm."""
+        return self.injection_scale
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(name, value, origin) of every field, for tables."""
+        values = [
+            (f.name, repr(getattr(self, f.name)), self.origins.get(f.name, ""))
+            for f in fields(self)
+            if f.name != "origins"
+        ]
+        at = next(i for i, row in enumerate(values) if row[0] == "layer") + 1
+        return [*values[:at], ("hook_name", repr(self.hook_name), "layer"), *values[at:]]
+
+
+def build_spec(
+    av: Checkpoint,
+    ar: Checkpoint | None,
+    *,
+    injection: str | None = None,
+    injection_scale: float | None = None,
+    layer: int | None = None,
+) -> NLASpec:
+    """Merges what is known of a pair; the last three are the caller's own word.
+
+    Raises:
+        NLAError: Something needed is missing, or two sources contradict each other; names both.
+    """
+    av.check_role("av")
+    if ar is not None:
+        ar.check_role("ar")
+    release = _release(av, ar)
+    gather = _Gather(av, ar, release)
+    d_model = gather.d_model()
+    origins: dict[str, str] = {"d_model": gather.d_model_origin}
+    values: dict[str, Any] = {"d_model": d_model}
+
+    def settle(name: str, *candidates: tuple[str, Any], need: str = "") -> Any:
+        """Takes the first candidate that says something."""
+        for origin, value in candidates:
+            if value is not None:
+                values[name], origins[name] = value, origin
+                return value
+        if need:
+            raise NLAError(f"{av.name}: {name} is not known: {need}")
+        values[name] = None
+        return None
+
+    side, ar_side = av.sidecar, ar.sidecar if ar else None
+    settle("layer", ("caller", layer), ("sidecar", gather.layer()), gather.known("layer"))
+    source = settle(
+        "source_model", ("sidecar", side.source_model), gather.known("source_model")
+    )
+    if source == TINY_SOURCE_NAME:
+        values["source_model"] = str(TINY_DIR / "source")
+    rule = _settle_rule(injection, side, release, values, origins, av.name)
+    _settle_scale(rule, injection_scale, side, gather, settle)
+    _settle_mse_scale(d_model, side, ar_side, values, origins)
+    settle(
+        "var_nrm",
+        ("sidecar", ar_side.var_nrm if ar_side else None),
+        ("sidecar", side.var_nrm),
+        gather.known("var_nrm"),
+    )
+    if release and release.var_nrm_is_estimate and origins.get("var_nrm") == "known release":
+        origins["var_nrm"] = "known release (an estimate)"
+    settle("min_position", ("sidecar", side.min_position), ("default", DEFAULT_MIN_POSITION))
+    _settle_tokens(side, ar_side, settle)
+    return NLASpec(**values, origins=origins)
+
+
+def _settle_tokens(side: Sidecar, ar_side: Sidecar | None, settle: Any) -> None:
+    where = f"it must stand in {side.path}"
+    settle("injection_char", ("sidecar", side.injection_char), need=where)
+    settle("injection_token_id", ("sidecar", side.injection_token_id), need=where)
+    settle("injection_left_neighbor_id", ("sidecar", side.left_id))
+    settle("injection_right_neighbor_id", ("sidecar", side.right_id))
+    settle("av_template", ("sidecar", side.av_template), need=where)
+    settle("ar_template", ("sidecar", ar_side.ar_template if ar_side else side.ar_template))
+    settle(
+        "critic_suffix_ids", ("sidecar", (ar_side or side).critic_suffix_ids)
+    )
+
+
+def _release(av: Checkpoint, ar: Checkpoint | None) -> KnownRelease | None:
+    """The known release, unless only the name fits: a small copy under a famous name is not it."""
+    release = find_release(av.name) or find_release(ar.name if ar else None)
+    width = av.sidecar.d_model or av.config.get("hidden_size")
+    return release if release is not None and width in (None, release.d_model) else None
+
+
+class _Gather:
+    """Collects a value from every source that states it, and refuses contradictions."""
+
+    def __init__(self, av: Checkpoint, ar: Checkpoint | None, release: KnownRelease | None) -> None:
+        self.av, self.ar, self.release = av, ar, release
+        self.d_model_origin = "sidecar"
+
+    def known(self, name: str) -> tuple[str, Any]:
+        return "known release", getattr(self.release, name, None)
+
+    def d_model(self) -> int:
+        said: dict[str, Any] = {}
+        for half in filter(None, (self.av, self.ar)):
+            said[str(half.sidecar.path)] = half.sidecar.d_model
+            if "hidden_size" in half.config:
+                said[f"{half.path / 'config.json'} (hidden_size)"] = half.config["hidden_size"]
+        width = _agreed("d_model", said)
+        if not isinstance(width, int) or width < 1:
+            raise NLAError(f"{self.av.name}: d_model is {width!r}; neither sidecar nor config says it")
+        if self.av.sidecar.d_model is None:
+            self.d_model_origin = "config"
+        return width
+
+    def layer(self) -> int | None:
+        said: dict[str, Any] = {str(self.av.sidecar.path): self.av.sidecar.layer}
+        if self.ar is not None:
+            said[str(self.ar.sidecar.path)] = self.ar.sidecar.layer
+            blocks = self.ar.config.get("num_hidden_layers")
+            if isinstance(blocks, int):
+                said[f"{self.ar.path / 'config.json'} (num_hidden_layers - 1)"] = blocks - 1
+        return _agreed("layer", said)
+
+
+def _agreed(name: str, said: Mapping[str, Any]) -> Any:
+    known = {where: value for where, value in said.items() if value is not None}
+    values = list(known.values())
+    if any(value != values[0] for value in values):
+        listed = "; ".join(f"{where} says {value!r}" for where, value in known.items())
+        raise NLAError(f"contradictory {name}: {listed}; the two do not belong together")
+    return values[0] if values else None
+
+
+def _settle_rule(
+    injection: str | None,
+    side: Sidecar,
+    release: KnownRelease | None,
+    values: dict[str, Any],
+    origins: dict[str, str],
+    name: str,
+) -> Rule:
+    """The rule: from the caller, the sidecar (a scale is used by `replace` alone), or the table."""
+    if injection is not None and injection not in RULES:
+        raise NLAError(f"injection={injection!r} is not a known rule; known are {list(RULES)}")
+    stated = side.injection_rule
+    if stated is None and side.kind == "nla_model" and side.injection_scale is not None:
+        stated = "replace"
+    if injection is not None:
+        if stated is not None and injection != stated:
+            warnings.warn(
+                f"injection={injection!r} was asked for, but {side.path} means {stated!r}: the "
+                "verbalizer will read vectors in a way it was not trained with",
+                NLAWarning,
+                stacklevel=4,
+            )
+        rule, origin = injection, "caller"
+    elif stated is not None:
+        rule, origin = stated, "sidecar"
+    elif release is not None:
+        rule, origin = release.injection, "known release"
+    else:
+        raise NLAError(
+            f"{name}: nothing says how vectors are injected (no injection_scale in {side.path}, and "
+            f'not a known release); pass injection="replace" or injection="norm_matched_add"'
+        )
+    values["injection"], origins["injection"] = rule, origin
+    return rule  # type: ignore[return-value]
+
+
+def _settle_scale(
+    rule: Rule, asked: float | None, side: Sidecar, gather: _Gather, settle: Any
+) -> None:
+    if rule == "norm_matched_add":
+        settle("injection_scale")
+        return
+    if asked is not None and not 0 < asked < math.inf:
+        raise NLAError(f"injection_scale={asked!r} must be a positive norm")
+    settle(
+        "injection_scale",
+        ("caller", asked),
+        ("sidecar", side.injection_scale),
+        gather.known("injection_scale"),
+        need=f"the rule `replace` needs it and {side.path} has none; pass injection_scale=",
+    )
+
+
+def _settle_mse_scale(
+    d_model: int,
+    side: Sidecar,
+    ar_side: Sidecar | None,
+    values: dict[str, Any],
+    origins: dict[str, str],
+) -> None:
+    """The AR's word before the AV's; an absent key means sqrt(d), an explicit null means raw."""
+    for sidecar in filter(None, (ar_side, side)):
+        if sidecar.mse_scale_given and (sidecar is ar_side or sidecar.mse_scale is not None):
+            values["mse_scale"], origins["mse_scale"] = sidecar.mse_scale, "sidecar"
+            return
+    values["mse_scale"], origins["mse_scale"] = math.sqrt(d_model), "default"

@@ -1,0 +1,244 @@
+"""Vectors to texts: the prompt, the generation, and what is read out of the answer."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from nla_lens.engines import Job, VerbalizerEngine
+from nla_lens.errors import NLAError
+from nla_lens.injection import fill, find_marker, replace, rescale
+from nla_lens.spec import NLASpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INJECT: Final = "<INJECT>"
+"""Stands in a custom prompt where the vector goes."""
+_OPEN, _CLOSE = "<explanation>", "</explanation>"
+_COMPLETE: Final = re.compile(r"<explanation>(.*?)</explanation>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt with its one injection site."""
+
+    ids: tuple[int, ...]
+    marker: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a verbalizer wrote for one vector.
+
+    Attributes:
+        token_ids: Generated ids, an end-of-sequence id included.
+        raw_text: Their text without the end-of-sequence.
+        text: What stands between the tags, stripped.
+        complete: The closing tag was reached.
+    """
+
+    token_ids: tuple[int, ...]
+    raw_text: str
+    text: str
+    complete: bool
+
+
+class Verbalizer:
+    """The AV: a causal LM that reads a vector at the marker of a fixed chat prompt.
+
+    Attributes:
+        spec: What was loaded.
+        tokenizer: The checkpoint's tokenizer.
+        engine: Where the model runs.
+    """
+
+    def __init__(
+        self,
+        spec: NLASpec,
+        tokenizer: PreTrainedTokenizerBase,
+        engine: VerbalizerEngine,
+        prompt: Prompt,
+    ) -> None:
+        """Joins what was loaded; `prompt` is `canonical_prompt(spec, tokenizer)`."""
+        self.spec, self.tokenizer, self.engine = spec, tokenizer, engine
+        self._prompt = prompt
+
+    def __repr__(self) -> str:
+        return (
+            f"Verbalizer(prompt of {len(self.prompt_ids)} tokens, marker at "
+            f"{self.marker_position}, {self.spec.injection}, {type(self.engine).__name__})"
+        )
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The canonical prompt, chat template included."""
+        return list(self._prompt.ids)
+
+    @property
+    def marker_position(self) -> int:
+        """Index in `prompt_ids` where vectors are injected."""
+        return self._prompt.marker
+
+    def prompt_embeds(self, vectors: Tensor) -> Tensor:
+        """The prompt with vectors injected, as it enters block 0.
+
+        Args:
+            vectors: `[n, d]` or `[d]`.
+
+        Returns:
+            `[n, T, d]` float32 on the CPU.
+
+        Raises:
+            NLAError: The injection rule does not act on embeddings.
+        """
+        if self.spec.injection != "replace":
+            raise NLAError(
+                f"the rule {self.spec.injection} acts at the output of block 1; "
+                "no prompt embeddings stand for it"
+            )
+        vec_ND = torch.atleast_2d(torch.as_tensor(vectors)).to("cpu", torch.float32)
+        embed_TD = self.engine.embed(self._prompt.ids)
+        embed_NTD = embed_TD.expand(len(vec_ND), -1, -1)
+        scaled_ND = rescale(vec_ND, self.spec.injection_scale or 0.0)
+        return replace(embed_NTD, scaled_ND, self._prompt.marker)
+
+    def answers(
+        self,
+        vectors_ND: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seeds: Sequence[int] = (),
+        batch_size: int | None = None,
+        prompt: str | None = None,
+    ) -> Iterator[Answer]:
+        """Yields one answer per vector, in order, each as soon as it and all before it are done.
+
+        Args:
+            vectors_ND: `[n, d]` float32, finite and not zero.
+            max_new_tokens: Longest answer.
+            temperature: 0 is argmax.
+            seeds: One per vector, above temperature 0.
+            batch_size: Most rows at once; None lets the engine choose.
+            prompt: Another user turn, with `<INJECT>` where the vector goes.
+        """
+        chosen = self._prompt if prompt is None else self.custom_prompt(prompt)
+        job = Job(
+            prompt_ids=chosen.ids,
+            marker=chosen.marker,
+            vectors_ND=vectors_ND,
+            max_new_tokens=max_new_tokens,
+            is_finished=self.is_closed,
+            temperature=temperature,
+            seeds=seeds,
+            batch_size=batch_size,
+        )
+        early: dict[int, list[int]] = {}
+        due = 0
+        for row, ids in self.engine.generate(job):
+            early[row] = ids
+            while due in early:
+                yield self.read(early.pop(due))
+                due += 1
+
+    def custom_prompt(self, prompt: str) -> Prompt:
+        """Tokenizes another user turn.
+
+        Raises:
+            NLAError: `<INJECT>` is not there exactly once, or the marker has no single site.
+        """
+        if prompt.count(INJECT) != 1:
+            raise NLAError(
+                f"prompt= must contain {INJECT} exactly once (where the vector goes), found "
+                f"{prompt.count(INJECT)}"
+            )
+        ids = render_chat(self.tokenizer, prompt.replace(INJECT, self.spec.injection_char))
+        markers = ids.count(self.spec.injection_token_id)
+        # A lone marker needs no neighbours to be recognised; among several they decide.
+        sides = () if markers == 1 else _neighbours(self.spec)
+        return Prompt(tuple(ids), find_marker(ids, self.spec.injection_token_id, *sides))
+
+    def is_closed(self, ids: Sequence[int]) -> bool:
+        """Whether ids end with, or overhang, the closing tag."""
+        # Decoding each step would cost more than small models do; only ">" can close the tag.
+        if ">" not in self._text_of(ids[-1]):
+            return False
+        return _CLOSE in self._decode(ids[-2 * len(_CLOSE) :])
+
+    @functools.cached_property
+    def _text_of(self) -> Any:
+        return functools.cache(lambda token: self.tokenizer.decode([token]))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def read(self, ids: Sequence[int]) -> Answer:
+        """Reads an answer out of generated ids."""
+        written = ids[:-1] if ids and ids[-1] in self.engine.eos_ids else ids
+        raw_text = self._decode(written)
+        match = _COMPLETE.search(raw_text)
+        if match:
+            return Answer(tuple(ids), raw_text, match[1].strip(), complete=True)
+        # Cut off inside: what was said so far, without the tag that was opened.
+        text = raw_text.strip().removeprefix(_OPEN).strip()
+        return Answer(tuple(ids), raw_text, text, complete=False)
+
+
+def canonical_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The sidecar's prompt, checked against the live tokenizer.
+
+    Raises:
+        NLAError: The marker is not one token or not the sidecar's, or its neighbours differ.
+    """
+    marker_ids = tokenizer.encode(spec.injection_char, add_special_tokens=False)
+    if marker_ids != [spec.injection_token_id]:
+        raise NLAError(
+            f"the marker {spec.injection_char!r} is {marker_ids} for this tokenizer, the sidecar "
+            f"says [{spec.injection_token_id}]: it must be that one token; the tokenizer is not "
+            "the verbalizer's own"
+        )
+    content = fill(spec.av_template, "{injection_char}", spec.injection_char)
+    ids = render_chat(tokenizer, content)
+    return Prompt(tuple(ids), find_marker(ids, spec.injection_token_id, *_neighbours(spec)))
+
+
+def _neighbours(spec: NLASpec) -> tuple[int | None, int | None]:
+    return spec.injection_left_neighbor_id, spec.injection_right_neighbor_id
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    content: str | Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Token ids of one user turn, or of a list of messages, in the model's chat format.
+
+    Tokenized in one step: rendering to text first and tokenizing that again doubles the BOS.
+
+    Raises:
+        NLAError: The tokenizer has no chat template, or the template refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        raise NLAError(f"the tokenizer of {tokenizer.name_or_path} has no chat template")
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
+    from jinja2 import TemplateError
+
+    try:
+        ids: Any = tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        raise NLAError(f"the chat template refuses these messages: {error}") from error
+    # transformers 5 answers a BatchEncoding, 4.x a list.
+    return list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
