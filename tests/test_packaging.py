@@ -273,7 +273,7 @@ def committed() -> list[str]:
     run = subprocess.run(
         ["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True, check=True
     )
-    return [name for name in run.stdout.split("\0") if (REPO / name).exists()]
+    return [name for name in run.stdout.split("\0") if name and (REPO / name).exists()]
 
 
 def test_no_committed_file_names_a_path_of_one_machine(committed: list[str]) -> None:
