@@ -18,12 +18,12 @@ _TOKENS_PER_BATCH: Final = 8192
 def choose_batch_size(model: Any, n_tokens: int) -> int:
     """Rows whose key-value cache of `n_tokens` each fits into half of the free memory."""
     config = text_model(model).config
-    heads = config.num_attention_heads  # type: ignore[union-attr]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[union-attr]
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    cached = 2 * config.num_hidden_layers * kv_heads * head_dim * n_tokens  # type: ignore[union-attr]
+    cached = 2 * config.num_hidden_layers * kv_heads * head_dim * n_tokens
     # Logits, their float32 copy and the widest activations of the prefill.
-    passing = 3 * config.vocab_size + 8 * config.hidden_size * n_tokens  # type: ignore[union-attr]
+    passing = 3 * config.vocab_size + 8 * config.hidden_size * n_tokens
     bytes_per_row = (cached + passing) * model.dtype.itemsize
     device = input_device(model)
     rows = int(_SHARE_OF_FREE_MEMORY * free_memory(device) / bytes_per_row)

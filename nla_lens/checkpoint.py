@@ -1,4 +1,4 @@
-"""From a name to the files of a checkpoint: embedded, a local directory, or the Hugging Face hub."""
+"""From a name to a checkpoint's files: embedded, a local directory, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def open_checkpoint(
 def _download(repo: str, revision: str | None, weights: bool) -> Path:
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise NLAError(
-            f"no checkpoint {repo!r}: not a directory here, and not a hub repository (owner/name) or "
-            f"one of the embedded {sorted(_EMBEDDED)}"
+            f"no checkpoint {repo!r}: not a directory here, and not a hub repository (owner/name) "
+            f"or one of the embedded {sorted(_EMBEDDED)}"
         )
     # Imported late: `import nla_lens` stays quick, and local checkpoints never need it.
     from huggingface_hub import snapshot_download

@@ -6,7 +6,7 @@ import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -171,7 +171,7 @@ class _Finisher:
             **self._provenance(row),
         )
 
-    def _provenance(self, row: int) -> dict[str, object]:
+    def _provenance(self, row: int) -> dict[str, Any]:
         origin = self._batch.origin
         if origin is None:
             return {}

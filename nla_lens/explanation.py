@@ -226,6 +226,6 @@ class Explanations(Sequence["Explanation | Explanations"]):
                 raise NLAError(f"{path} was not written by Explanations.save (version {_VERSION})")
             return cls(map(Explanation.from_dict, map(json.loads, lines[1:])), header["shape"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise error if isinstance(error, NLAError) else NLAError(
-                f"{path} is damaged: {error}"
+            raise (
+                error if isinstance(error, NLAError) else NLAError(f"{path} is damaged: {error}")
             ) from error

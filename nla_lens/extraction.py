@@ -25,16 +25,23 @@ Text: TypeAlias = "str | Sequence[Mapping[str, Any]]"
 """A plain text, or chat messages `{"role": ..., "content": ...}`."""
 
 
+Positions: TypeAlias = "Sequence[int] | slice | None"
+"""Which tokens of a text: indices (negative from the end), a slice, or None for all."""
+
+
 class Source(Protocol):
     """A model whose residual stream can be read; each framework's adapter provides one.
 
     Attributes:
         tokenizer: The model's own.
-        is_whole: Whether it has all its blocks and can write on.
     """
 
     tokenizer: Any
-    is_whole: bool
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all its blocks and can write on."""
+        ...
 
     def check_place(self, place: ResidPost) -> None:
         """Raises an NLAError if the model has no such block."""
@@ -53,7 +60,7 @@ def extract(
     model: Any,
     texts: str | Sequence[Text],
     layer: int,
-    positions: Sequence[int] | None = None,
+    positions: Positions = None,
     batch_size: int | None = None,
     *,
     tokenizer: Any = None,
@@ -63,8 +70,8 @@ def extract(
     Args:
         model: A transformers model, a TransformerBridge, HookedTransformer or nnsight model, or the
             name of a checkpoint (only its first blocks are loaded).
-        texts: Texts, tokenized with the tokenizer's special tokens; or lists of chat messages, rendered
-            once by the chat template.
+        texts: Texts, tokenized with the tokenizer's special tokens; or lists of chat messages,
+            rendered once by the chat template.
         layer: Index of the block, from 0; negative ones are refused.
         positions: Keep only these tokens of each text, negative ones from the end; None keeps all.
         batch_size: Most texts at once; None chooses.
@@ -97,7 +104,7 @@ def read_text(
     text: Text,
     place: ResidPost,
     *,
-    positions: Sequence[int] | None = None,
+    positions: Positions = None,
     generate: int = 0,
 ) -> ResidualTensor:
     """The residual of one text at `place`, and of what the model writes next."""
@@ -129,9 +136,9 @@ def encode(tokenizer: Any, text: Text, *, for_answer: bool = False) -> list[int]
     return ids
 
 
-def _positions(positions: Sequence[int] | None, length: int) -> list[int]:
-    if positions is None:
-        return list(range(length))
+def _positions(positions: Positions, length: int) -> list[int]:
+    if positions is None or isinstance(positions, slice):
+        return list(range(length))[positions or slice(None)]
     for position in positions:
         if not isinstance(position, int) or not -length <= position < length:
             raise NLAError(f"position {position!r} is not in a text of {length} tokens")
@@ -143,9 +150,7 @@ def _batches(lengths: Sequence[int], batch_size: int | None) -> list[list[int]]:
     batches = list(length_batches(lengths, torch.device("cpu")))
     if batch_size is None:
         return batches
-    return [
-        rows[i : i + batch_size] for rows in batches for i in range(0, len(rows), batch_size)
-    ]
+    return [rows[i : i + batch_size] for rows in batches for i in range(0, len(rows), batch_size)]
 
 
 def _wrap(
@@ -160,7 +165,7 @@ def _wrap(
 
 def token_text(tokenizer: Any) -> Callable[[int], str]:
     """Text of single token ids."""
-    return lambda token_id: str(tokenizer.decode([token_id]))
+    return lambda token_id: str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
 
 
 def open_source(model: Any, *, n_blocks: int | None = None, tokenizer: Any = None) -> Source:

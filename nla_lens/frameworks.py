@@ -1,7 +1,7 @@
 """Finds the adapter for a model of another framework, and attaches probes through it.
 
-Adapters are entry points of the group `nla_lens.adapters`, named after the package the model's class
-comes from, so anyone can add one. Only the adapter of a framework that is already imported is loaded.
+Adapters are entry points of the group `nla_lens.adapters`, named after the package the model's
+class comes from, so anyone can add one. Only the adapter of a framework in use is loaded.
 """
 
 from __future__ import annotations

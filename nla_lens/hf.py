@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PER_LAYER_LISTS = ("layer_types",)
+_FOREIGN_ERRORS = ("safetensors_rust", "safetensors", "builtins")
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -146,7 +147,7 @@ def _load(
     return loaded
 
 
-def text_model(model: nn.Module) -> nn.Module:
+def text_model(model: Any) -> Any:
     """The stack of decoder blocks inside a (causal, wrapped, multimodal) model.
 
     Raises:
@@ -157,12 +158,11 @@ def text_model(model: nn.Module) -> nn.Module:
         for name in filter(None, path.split(".")):
             found = getattr(found, name, None)
         if isinstance(getattr(found, "layers", None), nn.ModuleList):
-            stack: nn.Module = found
-            return stack
+            return found
     raise NLAError(f"no decoder blocks found in {type(model).__name__}: expected model.layers")
 
 
-def remove_final_norm(model: nn.Module) -> None:
+def remove_final_norm(model: Any) -> None:
     """Replaces the final norm by identity, so that the model puts out the residual stream.
 
     Raises:
@@ -174,9 +174,9 @@ def remove_final_norm(model: nn.Module) -> None:
     stack.norm = nn.Identity()
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: Any) -> torch.device:
     """Where token ids must be for the embedding."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = model.get_input_embeddings()
     device: torch.device = next(embedding.parameters()).device
     return device
 
@@ -195,7 +195,11 @@ def _clear_errors(path: object, what: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         # safetensors and tokenizers raise classes of their own that derive from Exception alone.
-        if type(error).__module__.split(".")[0] not in ("safetensors_rust", "safetensors", "builtins"):
+        if type(error).__module__.split(".")[0] not in (
+            "safetensors_rust",
+            "safetensors",
+            "builtins",
+        ):
             raise
         raise NLAError(f"the {what} of {path} cannot be loaded: {error}") from error
 

@@ -15,7 +15,7 @@ from nla_lens.hf import input_device, load_backbone, load_causal_lm, load_tokeni
 from nla_lens.hook_point import ResidPost
 
 
-class _ReachedPlace(Exception):  # noqa: N818
+class _ReachedPlace(Exception):
     """Carries the residual stream out of a forward pass that need not go on."""
 
     def __init__(self, resid_BTD: Tensor) -> None:
@@ -36,17 +36,19 @@ class HFSource:
         """
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise NLAError(
-                f"cannot read the residual stream of a {type(model).__name__}; pass a transformers, "
-                "TransformerLens or nnsight model, or the name of a checkpoint"
+                f"cannot read the residual stream of a {type(model).__name__}; pass a "
+                "transformers, TransformerLens or nnsight model, or the name of a checkpoint"
             )
-        self.model = model
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model.name_or_path)  # type: ignore[arg-type]
+        self.model: Any = model
+        self.tokenizer = (
+            tokenizer if tokenizer is not None else load_tokenizer(str(model.name_or_path))
+        )
         self._blocks: Any = text_model(model).layers
 
     @property
     def is_whole(self) -> bool:
         """Whether there is an lm_head to write on with."""
-        return self.model.get_output_embeddings() is not None  # type: ignore[operator]
+        return self.model.get_output_embeddings() is not None
 
     def check_place(self, place: ResidPost) -> None:
         """Raises an NLAError if there is no such block."""

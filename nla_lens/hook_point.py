@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from nla_lens.errors import NLAError
 
-_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+# TransformerBridge also caches a block's input and output as hook_in and hook_out.
+_NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|in|resid_post|out)")
 
 
 @dataclass(frozen=True, order=True)
@@ -74,4 +75,4 @@ class ResidPost:
         if match is None:
             return None
         block, side = int(match[1]), match[2]
-        return cls(block if side == "post" else block - 1)
+        return cls(block if side in ("resid_post", "out") else block - 1)

@@ -7,7 +7,7 @@ Two rules (shape suffixes: B rows, T tokens, D = d_model):
 * `norm_matched_add`: at the output of block 1, `h'_p = h_p + ||h_p|| * v / ||v||`
   (Karvonen et al., arXiv 2512.15674, eq. 1).
 
-Norms are taken in float32 or wider whatever the model's dtype: in bf16 a norm is off by up to 0.4 %.
+Norms are taken in float32 whatever the model's dtype: in bf16 a norm is off by up to 0.4 %.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """How well a reconstruction fits its vector: cos, mse_nrm and fve_nrm.
 
-Both sides are scaled to norm `mse_scale` (sqrt(d) unless a checkpoint says otherwise) before they are
-compared, so only directions count: with sqrt(d), `mse_nrm = 2 (1 - cos)`, in [0, 4].
-`fve_nrm = 1 - mse_nrm / var_nrm` is the fraction of variance explained; `var_nrm` is the variance of
-the normalised vectors around their mean over the training set. cos alone misleads: where vectors are
-nearly parallel (Gemma 3 12B: var_nrm 0.03) cos 0.99 is mediocre.
+Both sides are scaled to norm `mse_scale` (sqrt(d) unless a checkpoint says otherwise) before they
+are compared, so only directions count: with sqrt(d), `mse_nrm = 2 (1 - cos)`, in [0, 4].
+`fve_nrm = 1 - mse_nrm / var_nrm` is the fraction of variance explained; `var_nrm` is the variance
+of the normalised vectors around their mean over the training set. cos alone misleads: where vectors
+are nearly parallel (Gemma 3 12B: var_nrm 0.03) cos 0.99 is mediocre.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def cosine(pred_ND: Tensor, gold_ND: Tensor) -> Tensor:
 
 
 def mse_nrm(pred_ND: Tensor, gold_ND: Tensor, mse_scale: float | None) -> Tensor:
-    """Mean squared difference `[n]` of the two sides scaled to `mse_scale`; None compares them raw."""
+    """Mean squared difference `[n]` of both sides scaled to `mse_scale`; None compares raw."""
     if mse_scale is None:
         return (pred_ND.float() - gold_ND.float()).square().mean(-1)
     return (rescale(pred_ND, mse_scale) - rescale(gold_ND, mse_scale)).square().mean(-1)

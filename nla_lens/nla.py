@@ -15,7 +15,7 @@ from nla_lens.engines import Placement
 from nla_lens.errors import NLAError
 from nla_lens.explaining import Options, explain_batch
 from nla_lens.explanation import Explanation, Explanations
-from nla_lens.extraction import Text, open_source, read_text
+from nla_lens.extraction import Positions, Text, open_source, read_text
 from nla_lens.loading import Request, load_halves, name_halves, torch_dtype
 from nla_lens.progress import with_progress
 from nla_lens.reconstructor import Reconstructor
@@ -180,7 +180,7 @@ class NLA:
     def explain_text(
         self,
         text: Text,
-        positions: Sequence[int] | None = None,
+        positions: Positions = None,
         model: Any = None,
         generate: int = 0,
         **options: Any,
@@ -189,7 +189,7 @@ class NLA:
 
         Args:
             text: A string, or a list of chat messages for the chat template.
-            positions: Which tokens, negative ones from the end; None is all of them.
+            positions: Which tokens: indices, negative ones from the end, or a slice; None is all.
             model: A loaded model or a checkpoint directory; None is `spec.source_model`, loaded at
                 the first call and kept.
             generate: Let the model go on writing (argmax) for this many tokens and explain those,
@@ -223,7 +223,9 @@ class NLA:
             raise NLAError("the checkpoint does not name its source model; pass model=")
         if self._source is None or (whole and not self._source.is_whole):
             place = self.spec.place
-            self._source = open_source(name, n_blocks=None if whole or not place else place.n_blocks)
+            self._source = open_source(
+                name, n_blocks=None if whole or not place else place.n_blocks
+            )
         return self._source
 
     def reconstruct(self, texts: Sequence[str]) -> Tensor:

@@ -50,7 +50,7 @@ class Origin:
 def locate(
     token_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`where_LX3` of a batch of token ids `[B, T]`: positions count from each row's first real token."""
+    """`where_LX3` of token ids `[B, T]`: positions count from each row's first real token."""
     ids = token_ids_BT.detach().to("cpu", torch.int64)
     real = torch.ones_like(ids) if attention_mask_BT is None else attention_mask_BT.cpu().long()
     positions = torch.where(real.bool(), real.cumsum(-1) - 1, PADDING)
@@ -85,9 +85,7 @@ class ResidualTensor(torch.Tensor):
         return wrapped
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs every operation as on an ordinary tensor; indexing is handled in `__getitem__`."""
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
@@ -96,7 +94,7 @@ class ResidualTensor(torch.Tensor):
             return result.as_ordinary()
         return result
 
-    def __getitem__(self, index: Any) -> torch.Tensor:  # type: ignore[override]
+    def __getitem__(self, index: Any) -> torch.Tensor:
         plain = self.as_ordinary()[index]
         origin = getattr(self, "_origin", None)
         leading = _leading_index(index, self.ndim)

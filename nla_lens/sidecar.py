@@ -111,10 +111,12 @@ def _load_yaml(path: Path) -> Mapping[str, Any]:
             "left behind; ask whoever made it for the file"
         )
     if path.stat().st_size > _MAX_BYTES:
-        raise NLAError(f"{path} has {path.stat().st_size} bytes; a sidecar has at most {_MAX_BYTES}")
+        raise NLAError(
+            f"{path} has {path.stat().st_size} bytes; a sidecar has at most {_MAX_BYTES}"
+        )
     try:
         # _PlainLoader is a SafeLoader.
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
     # PyYAML's constructors raise ValueError, OverflowError and the like on odd scalars.
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError) as error:
         raise NLAError(f"{path} cannot be read as YAML: {_one_line(error)}") from error
@@ -179,7 +181,7 @@ def _rule(extraction: _Section) -> Rule | None:
     rule = extraction.text("injection_rule")
     if rule is not None and rule not in RULES:
         raise NLAError(f"{extraction.path}: injection_rule is {rule!r}; known are {list(RULES)}")
-    return rule  # type: ignore[return-value]
+    return rule
 
 
 def _layer(top: _Section, extraction: _Section, ar: _Section) -> int | None:

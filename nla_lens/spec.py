@@ -126,9 +126,7 @@ def build_spec(
 
     side, ar_side = av.sidecar, ar.sidecar if ar else None
     settle("layer", ("caller", layer), ("sidecar", gather.layer()), gather.known("layer"))
-    source = settle(
-        "source_model", ("sidecar", side.source_model), gather.known("source_model")
-    )
+    source = settle("source_model", ("sidecar", side.source_model), gather.known("source_model"))
     if source == TINY_SOURCE_NAME:
         values["source_model"] = str(TINY_DIR / "source")
     rule = _settle_rule(injection, side, release, values, origins, av.name)
@@ -155,9 +153,7 @@ def _settle_tokens(side: Sidecar, ar_side: Sidecar | None, settle: Any) -> None:
     settle("injection_right_neighbor_id", ("sidecar", side.right_id))
     settle("av_template", ("sidecar", side.av_template), need=where)
     settle("ar_template", ("sidecar", ar_side.ar_template if ar_side else side.ar_template))
-    settle(
-        "critic_suffix_ids", ("sidecar", (ar_side or side).critic_suffix_ids)
-    )
+    settle("critic_suffix_ids", ("sidecar", (ar_side or side).critic_suffix_ids))
 
 
 def _release(av: Checkpoint, ar: Checkpoint | None) -> KnownRelease | None:
@@ -185,7 +181,9 @@ class _Gather:
                 said[f"{half.path / 'config.json'} (hidden_size)"] = half.config["hidden_size"]
         width = _agreed("d_model", said)
         if not isinstance(width, int) or width < 1:
-            raise NLAError(f"{self.av.name}: d_model is {width!r}; neither sidecar nor config says it")
+            raise NLAError(
+                f"{self.av.name}: d_model is {width!r}; neither sidecar nor config says it"
+            )
         if self.av.sidecar.d_model is None:
             self.d_model_origin = "config"
         return width
@@ -238,11 +236,11 @@ def _settle_rule(
         rule, origin = release.injection, "known release"
     else:
         raise NLAError(
-            f"{name}: nothing says how vectors are injected (no injection_scale in {side.path}, and "
-            f'not a known release); pass injection="replace" or injection="norm_matched_add"'
+            f"{name}: nothing says how vectors are injected (no injection_scale in {side.path}, "
+            f'and not a known release); pass injection="replace" or injection="norm_matched_add"'
         )
     values["injection"], origins["injection"] = rule, origin
-    return rule  # type: ignore[return-value]
+    return rule
 
 
 def _settle_scale(

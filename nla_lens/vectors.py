@@ -70,7 +70,8 @@ def _as_tensor(vectors: VectorsLike) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(vectors))
     except (TypeError, ValueError) as error:
         raise NLAError(
-            f"vectors must be a torch tensor or a numpy array, found {type(vectors).__name__}: {error}"
+            f"vectors must be a torch tensor or a numpy array, found {type(vectors).__name__}: "
+            f"{error}"
         ) from error
 
 
@@ -87,7 +88,8 @@ def _check_values(vectors_ND: Tensor, shape: tuple[int, ...]) -> None:
     if not nonzero.all():
         row = int((~nonzero).nonzero()[0])
         raise NLAError(
-            f"the vector at {_place(row, shape)} is all zero: it has no direction to explain; drop it"
+            f"the vector at {_place(row, shape)} is all zero: it has no direction to "
+            "explain; drop it"
         )
 
 

@@ -106,8 +106,24 @@ class Verbalizer:
         vec_ND = torch.atleast_2d(torch.as_tensor(vectors)).to("cpu", torch.float32)
         embed_TD = self.engine.embed(self._prompt.ids)
         embed_NTD = embed_TD.expand(len(vec_ND), -1, -1)
-        scaled_ND = rescale(vec_ND, self.spec.injection_scale or 0.0)
-        return replace(embed_NTD, scaled_ND, self._prompt.marker)
+        return replace(embed_NTD, self._to_inject(vec_ND), self._prompt.marker)
+
+    def _to_inject(self, vectors_ND: Tensor) -> Tensor:
+        """Vectors at the norm the model learned to read; the add rule takes them as they are."""
+        if self.spec.injection_scale is None:
+            return vectors_ND
+        return rescale(vectors_ND, self.spec.injection_scale)
+
+    def marker_reading(self, max_new_tokens: int = 200) -> str:
+        """What the model writes when nothing is injected and it reads the marker itself."""
+        if self.spec.injection == "replace":
+            injected_D = self.engine.embed(self._prompt.ids)[self._prompt.marker]
+        else:
+            injected_D = torch.zeros(self.spec.d_model)
+        job = Job(
+            self._prompt.ids, self._prompt.marker, injected_D[None], max_new_tokens, self.is_closed
+        )
+        return next(self.read(ids).text for _, ids in self.engine.generate(job))
 
     def answers(
         self,
@@ -133,7 +149,7 @@ class Verbalizer:
         job = Job(
             prompt_ids=chosen.ids,
             marker=chosen.marker,
-            vectors_ND=vectors_ND,
+            injected_ND=self._to_inject(vectors_ND),
             max_new_tokens=max_new_tokens,
             is_finished=self.is_closed,
             temperature=temperature,
@@ -174,7 +190,7 @@ class Verbalizer:
 
     @functools.cached_property
     def _text_of(self) -> Any:
-        return functools.cache(lambda token: self.tokenizer.decode([token]))
+        return functools.cache(lambda token: self._decode([token]))
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(

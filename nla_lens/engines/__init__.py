@@ -24,7 +24,8 @@ class Job:
     Attributes:
         prompt_ids: The tokenized prompt.
         marker: Index in it where the vectors go.
-        vectors_ND: The vectors as they are, `[n, d]` float32 on the CPU, finite.
+        injected_ND: What goes in, `[n, d]` float32 on the CPU, finite: for `replace` already at its
+            injection norm, for `norm_matched_add` the vectors as they are.
         max_new_tokens: Longest answer.
         is_finished: Whether ids generated so far end the answer (closing tag).
         temperature: 0 is argmax.
@@ -34,7 +35,7 @@ class Job:
 
     prompt_ids: Sequence[int]
     marker: int
-    vectors_ND: Tensor
+    injected_ND: Tensor
     max_new_tokens: int
     is_finished: Callable[[Sequence[int]], bool]
     temperature: float = 0.0

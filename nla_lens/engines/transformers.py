@@ -20,7 +20,7 @@ from nla_lens.checkpoint import Checkpoint
 from nla_lens.engines import Job, Placement
 from nla_lens.errors import NLAError
 from nla_lens.hf import input_device, load_backbone, load_causal_lm, text_model
-from nla_lens.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace, rescale
+from nla_lens.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace
 from nla_lens.sampling import Sampler
 from nla_lens.spec import NLASpec
 
@@ -47,7 +47,7 @@ class TransformersVerbalizer:
 
     def __init__(self, model: Any, spec: NLASpec) -> None:
         self.model = model
-        self._spec = spec
+        self._rule = spec.injection
         self.eos_ids = find_eos_ids(model)
         self._place = injection_module(model, spec)
 
@@ -61,7 +61,7 @@ class TransformersVerbalizer:
 
     def generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
         """Yields (row, ids) batch by batch."""
-        n = len(job.vectors_ND)
+        n = len(job.injected_ND)
         size = job.batch_size or choose_batch_size(
             self.model, len(job.prompt_ids) + job.max_new_tokens
         )
@@ -88,35 +88,28 @@ class TransformersVerbalizer:
             logits_BV, cache = self._step(step, cache)
 
     def _is_over(self, ids: Sequence[int], job: Job) -> bool:
-        return (
-            ids[-1] in self.eos_ids or len(ids) >= job.max_new_tokens or job.is_finished(ids)
-        )
+        return ids[-1] in self.eos_ids or len(ids) >= job.max_new_tokens or job.is_finished(ids)
 
     def _prefill(self, job: Job, rows: range) -> tuple[Tensor, Any]:
         ids_BT = torch.tensor([list(job.prompt_ids)] * len(rows), device=input_device(self.model))
-        vectors_BD = job.vectors_ND[rows.start : rows.stop]
+        vectors_BD = job.injected_ND[rows.start : rows.stop]
         with self._injected(vectors_BD, job.marker):
             return self._step(ids_BT, None)
 
     def _step(self, ids_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        out = self.model(
-            input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        out = self.model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].float(), out.past_key_values
 
     @contextlib.contextmanager
     def _injected(self, vectors_BD: Tensor, marker: int) -> Iterator[None]:
         """Injects while it lasts: around the prefill alone, so decode steps are never touched."""
-        spec, fired = self._spec, []
+        fired: list[nn.Module] = []
+        inject = replace if self._rule == "replace" else norm_matched_add
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             fired.append(module)
             resid_BTD = output[0] if isinstance(output, tuple) else output
-            if spec.injection == "replace":
-                scale = spec.injection_scale or 0.0
-                injected = replace(resid_BTD, rescale(vectors_BD, scale), marker)
-            else:
-                injected = norm_matched_add(resid_BTD, vectors_BD, marker)
+            injected = inject(resid_BTD, vectors_BD, marker)
             return (injected, *output[1:]) if isinstance(output, tuple) else injected
 
         handle = self._place.register_forward_hook(hook)
@@ -161,24 +154,24 @@ class TransformersReconstructor:
                 out_ND = last_BD.new_empty(len(prompts), last_BD.shape[-1])
             out_ND[rows] = last_BD
         if out_ND is None:
-            return torch.empty(0, text_model(self.model).config.hidden_size)  # type: ignore[union-attr,arg-type]
+            return torch.empty(0, text_model(self.model).config.hidden_size)
         return out_ND
 
 
-def injection_module(model: nn.Module, spec: NLASpec) -> nn.Module:
+def injection_module(model: Any, spec: NLASpec) -> nn.Module:
     """The module whose output a vector is put into.
 
     Raises:
         NLAError: The model has no block 1 for `norm_matched_add`.
     """
     if spec.injection == "replace":
-        embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        embedding: nn.Module = model.get_input_embeddings()
         return embedding
     blocks = text_model(model).layers
     layer = NORM_MATCHED_ADD_AT.layer
-    if len(blocks) <= layer:  # type: ignore[arg-type]
+    if len(blocks) <= layer:
         raise NLAError(f"norm_matched_add acts at the output of block {layer}; the model has fewer")
-    block: nn.Module = blocks[layer]  # type: ignore[index]
+    block: nn.Module = blocks[layer]
     return block
 
 

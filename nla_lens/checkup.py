@@ -1,0 +1,140 @@
+"""Does the injection work? A wrong one still writes fluent text, so it is tested, not read.
+
+When a vector does not reach the model, the model reads the marker character itself: every vector
+gets the same text, and that text tends to be Chinese, or English about a Chinese character.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from nla_lens.explanation import Explanation
+from nla_lens.flags import is_cjk, is_injection_suspect
+from nla_lens.injection import rescale
+
+if TYPE_CHECKING:
+    from nla_lens.nla import NLA
+
+_N_VECTORS: Final = 8
+_MAX_NEW_TOKENS: Final = 64
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tested.
+
+    Attributes:
+        name: What was tested.
+        passed: Whether it held.
+        detail: What was found.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def check_injection(nla: NLA, *, n_vectors: int = _N_VECTORS, seed: int = 0) -> list[Finding]:
+    """Injects random vectors and looks at what comes out.
+
+    Args:
+        nla: The NLA.
+        n_vectors: How many directions are tried.
+        seed: Makes the vectors repeatable.
+
+    Returns:
+        The findings, each passed or not.
+    """
+    vectors_ND = _random_vectors(nla, n_vectors, seed)
+    explained = list(
+        nla.explain_iter(vectors_ND, max_new_tokens=_MAX_NEW_TOKENS, score=False, progress=False)
+    )
+    texts = [e.text for e in explained]
+    twice_ND = vectors_ND[:1].expand(2, -1)
+    again = nla.encode(twice_ND, max_new_tokens=_MAX_NEW_TOKENS, progress=False)
+    findings = [
+        _depends(texts),
+        _repeatable(again, texts[0]),
+        _not_the_marker(nla, explained),
+        _not_cjk(texts),
+    ]
+    if nla.spec.injection == "replace":
+        findings.insert(0, _embedding(nla, vectors_ND))
+    if nla.reconstructor is not None:
+        findings.append(_reconstructs(nla, texts))
+    return findings
+
+
+def _random_vectors(nla: NLA, n: int, seed: int) -> Tensor:
+    directions_ND = torch.randn(n, nla.spec.d_model, generator=torch.Generator().manual_seed(seed))
+    return rescale(directions_ND, nla.spec.usual_norm or nla.spec.d_model**0.5)
+
+
+def _embedding(nla: NLA, vectors_ND: Tensor) -> Finding:
+    """The injected row holds the rescaled vector, and every other row the prompt's own."""
+    verbalizer, spec = nla.verbalizer, nla.spec
+    embeds_NTD = verbalizer.prompt_embeds(vectors_ND)
+    at = verbalizer.marker_position
+    norms_N = embeds_NTD[:, at].norm(dim=-1)
+    cos_N = torch.cosine_similarity(embeds_NTD[:, at], vectors_ND, dim=-1)
+    plain_TD = verbalizer.engine.embed(verbalizer.prompt_ids)
+    others = [i for i in range(len(plain_TD)) if i != at]
+    held = (
+        bool((cos_N > 0.9999).all())
+        and bool(((norms_N / (spec.injection_scale or 1.0) - 1).abs() < 1e-3).all())
+        and torch.equal(embeds_NTD[0, others], plain_TD[others])
+    )
+    detail = f"row {at} has norm {norms_N.mean():.4g} (injection_scale {spec.injection_scale})"
+    return Finding(
+        "the marker's embedding is the rescaled vector, the others untouched", held, detail
+    )
+
+
+def _depends(texts: list[str]) -> Finding:
+    different = len(set(texts))
+    return Finding(
+        "texts depend on the vector",
+        different > len(texts) // 2,
+        f"{different} different texts for {len(texts)} vectors",
+    )
+
+
+def _repeatable(pair: list[str], text: str) -> Finding:
+    return Finding(
+        "the same vector gets the same text, alone and in a batch",
+        pair[0] == pair[1] == text,
+        repr(text[:80]),
+    )
+
+
+def _not_the_marker(nla: NLA, explained: list[Explanation]) -> Finding:
+    """No text is the one the model writes when the marker's own embedding is left in place."""
+    own = nla.verbalizer.marker_reading(_MAX_NEW_TOKENS)
+    same = sum(e.text == own for e in explained)
+    about = sum(is_injection_suspect(e, nla.spec) for e in explained)
+    return Finding(
+        "the marker's own reading does not come out",
+        same == 0 and about < len(explained) / 2,
+        f"{same} texts equal it, {about} are about the character; left alone it reads {own[:60]!r}",
+    )
+
+
+def _not_cjk(texts: list[str]) -> Finding:
+    cjk = sum(map(is_cjk, texts))
+    return Finding(
+        "texts are not all Chinese, Japanese or Korean (the symptom of a failed injection)",
+        cjk < len(texts) / 2,
+        f"{cjk} of {len(texts)} are",
+    )
+
+
+def _reconstructs(nla: NLA, texts: list[str]) -> Finding:
+    vectors_ND = nla.reconstruct(texts)
+    held = bool(vectors_ND.isfinite().all()) and bool((vectors_ND.norm(dim=-1) > 0).all())
+    return Finding(
+        "the reconstructor answers with finite vectors", held, f"shape {list(vectors_ND.shape)}"
+    )

@@ -1,0 +1,208 @@
+"""The command line: `nla-lens explain`, `info`, `check`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+from nla_lens.errors import NLAError
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_HALVES = [
+    click.option(
+        "--nla",
+        "name",
+        default="tiny",
+        show_default=True,
+        help="Embedded pair, pair's stem on the hub or on disk, or a verbalizer.",
+    ),
+    click.option("--av", help="Verbalizer: directory or hub repository, instead of --nla."),
+    click.option("--ar", help="Reconstructor: directory or hub repository."),
+]
+_LOADING = [
+    click.option("--dtype", help="float32, bfloat16 or float16; default: what config.json says."),
+    click.option("--device", help="cpu, cuda, cuda:1, mps; default: cpu."),
+    click.option("--device-map", help='"auto" spreads a large model over the devices there are.'),
+    click.option("--revision", help="Branch, tag or commit on the hub."),
+    click.option(
+        "--injection",
+        type=click.Choice(["replace", "norm_matched_add"]),
+        help="The rule, where neither sidecar nor known release says it.",
+    ),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code from the checkpoint."),
+]
+
+
+def _with(options: list[Any]) -> Callable[[_Command], _Command]:
+    def add(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="nla-lens")
+def cli() -> None:
+    """Read a model's residual stream in words, with a number that says how far to trust them."""
+
+
+@cli.command()
+@click.argument("text")
+@click.option(
+    "--positions",
+    help='Which tokens: "3", "-1", "0,5,-2", "2:8"; default: all.',
+)
+@click.option("--model", help="Source model: directory or hub repository; default: the NLA's own.")
+@click.option("--generate", default=0, show_default=True, help="Also explain N tokens it writes.")
+@click.option("--max-new-tokens", default=200, show_default=True, help="Longest explanation.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is argmax.")
+@click.option("--num-samples", default=1, show_default=True, help="Best of N; needs a temperature.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--batch-size", type=int, help="Most vectors at once; default: from free memory.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no table.")
+@click.option("--html", type=click.Path(dir_okay=False), help="Also write a page to this file.")
+@_with(_HALVES + _LOADING)
+def explain(
+    text: str,
+    positions: str | None,
+    model: str | None,
+    generate: int,
+    as_json: bool,
+    html: str | None,
+    **options: Any,
+) -> None:
+    """Run the source model on TEXT and say what it holds at each position.
+
+    TEXT "-" reads standard input. Columns: cos and fve compare the vector with what the
+    explanation alone reconstructs; fve 1 is perfect, 0 no better than the mean vector.
+    """
+    from nla_lens.display import to_table
+
+    if text == "-":
+        text = sys.stdin.read()
+    wished = {k: options.pop(k) for k in _EXPLAIN_OPTIONS}
+    picked = parse_positions(positions)
+    nla = _load(**options)
+    try:
+        found = nla.explain_text(text, picked, model=model, generate=generate, **wished)
+    except KeyboardInterrupt as interrupt:
+        found = getattr(interrupt, "explanations", None)
+        if not found:
+            raise
+        click.echo(f"interrupted; {len(found)} explanations were finished", err=True)
+    if html:
+        found.to_html(html)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        _print(to_table(found.flat))
+
+
+_EXPLAIN_OPTIONS = ("max_new_tokens", "temperature", "num_samples", "seed", "batch_size")
+
+
+@cli.command()
+@click.argument("checkpoint", default="tiny")
+@click.option("--ar", help="Reconstructor, where CHECKPOINT is a verbalizer alone.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--injection", type=click.Choice(["replace", "norm_matched_add"]), help="The rule.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no table.")
+def info(checkpoint: str, as_json: bool, **options: Any) -> None:
+    """Say what CHECKPOINT is, and where each value comes from; loads no weights."""
+    from nla_lens.display import spec_table
+    from nla_lens.loading import read_spec
+
+    spec = read_spec(checkpoint, **options)
+    if as_json:
+        rows = {name: (getattr(spec, name), origin) for name, _, origin in spec.rows()}
+        described = {
+            name: {"value": value, "from": origin} for name, (value, origin) in rows.items()
+        }
+        click.echo(json.dumps(described, ensure_ascii=False))
+    else:
+        _print(spec_table(spec, title=checkpoint))
+
+
+@cli.command()
+@click.argument("checkpoint", default="tiny")
+@click.option("--ar", help="Reconstructor, where CHECKPOINT is a verbalizer alone.")
+@click.option("--vectors", default=8, show_default=True, help="How many vectors are injected.")
+@_with(_LOADING)
+@click.pass_context
+def check(context: click.Context, /, checkpoint: str, vectors: int, **options: Any) -> None:
+    """Inject vectors into CHECKPOINT and verify that they are read.
+
+    Exit status 1 if any finding failed.
+    """
+    from nla_lens.checkup import check_injection
+
+    nla = _load(name=checkpoint, av=None, **options)
+    findings = check_injection(nla, n_vectors=vectors)
+    console = Console()
+    for finding in findings:
+        mark = "[green]ok  [/]" if finding.passed else "[red]FAIL[/]"
+        console.print(mark, finding.name, style=None if finding.passed else "bold", end=" ")
+        console.print(f"({finding.detail})", style="dim", markup=False, highlight=False)
+    if not all(finding.passed for finding in findings):
+        context.exit(1)
+
+
+def _load(*, name: str, av: str | None, **options: Any) -> Any:
+    from nla_lens.nla import NLA
+
+    return NLA.from_pretrained(None if av else name, av=av, **options)
+
+
+def parse_positions(positions: str | None) -> list[int] | slice | None:
+    """Reads "3", "-1", "0,5,-2" or "2:8".
+
+    Raises:
+        NLAError: Something else.
+    """
+    if positions is None:
+        return None
+    try:
+        if ":" in positions:
+            parts = [int(p) if p.strip() else None for p in positions.split(":")]
+            if len(parts) <= 3:
+                return slice(*parts)
+        return [int(p) for p in positions.split(",")]
+    except ValueError:
+        pass
+    raise NLAError(f'--positions {positions!r} is not of the form "3", "-1", "0,5,-2" or "2:8"')
+
+
+def _print(table: Any) -> None:
+    console = Console()
+    # Piped into a file there is no width to fit: use a fixed one that keeps rows readable.
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=120)
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: bad input is one line on stderr and exit status 2."""
+    try:
+        sys.exit(cli.main(prog_name="nla-lens", standalone_mode=False))
+    except click.exceptions.Abort:
+        _fail("interrupted", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except NLAError as error:
+        _fail(str(error), 2)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"nla-lens: {' '.join(message.split())}", err=True)
+    sys.exit(status)

@@ -1,0 +1,100 @@
+"""How explanations are shown: a table for terminals, one self-contained page for browsers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import jinja2
+from rich.table import Table
+from rich.text import Text
+
+from nla_lens.explanation import Explanation
+
+if TYPE_CHECKING:
+    from nla_lens.spec import NLASpec
+
+GOOD_FVE, FAIR_FVE = 0.75, 0.5
+"""Shown green from the first on (released pairs reach 0.75), red below the second."""
+
+
+def to_table(explanations: Sequence[Explanation], *, title: str | None = None) -> Table:
+    """A terminal table: position, token, explanation, cos, fve_nrm, flags; columns in use only."""
+    table = Table(title=title, show_lines=True, title_justify="left", title_style="bold")
+    located = any(e.position is not None for e in explanations)
+    scored = any(e.cos is not None for e in explanations)
+    flagged = any(e.flags for e in explanations)
+    if located:
+        table.add_column("pos", justify="right", style="dim")
+        table.add_column("token", style="bold cyan", no_wrap=True)
+    table.add_column("explanation", ratio=1, overflow="fold")
+    if scored:
+        table.add_column("cos", justify="right")
+        table.add_column("fve", justify="right")
+    if flagged:
+        table.add_column("flags", style="yellow")
+    for e in explanations:
+        row = [Text(e.text)]
+        if located:
+            row = [Text("" if e.position is None else str(e.position)), _token(e), *row]
+        if scored:
+            row += [_number(e.cos), _number(e.fve_nrm, colour=True)]
+        if flagged:
+            row.append(Text(" ".join(e.flags)))
+        table.add_row(*row)
+    return table
+
+
+def spec_table(spec: NLASpec, *, title: str) -> Table:
+    """What was loaded and where each value came from."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("field", style="bold cyan")
+    table.add_column("value", overflow="fold")
+    table.add_column("from", style="dim")
+    for name, value, origin in spec.rows():
+        table.add_row(name, Text(value), origin)
+    return table
+
+
+def _token(e: Explanation) -> Text:
+    return Text("" if e.token is None else repr(e.token)[1:-1])
+
+
+def _number(value: float | None, *, colour: bool = False) -> Text:
+    if value is None:
+        return Text("–", style="dim")
+    style = {"good": "green", "fair": "yellow", "poor": "red"}[_grade(value)] if colour else ""
+    return Text(f"{value:.2f}", style=style)
+
+
+def _grade(fve: float) -> str:
+    return "good" if fve >= GOOD_FVE else "fair" if fve >= FAIR_FVE else "poor"
+
+
+def to_html(explanations: Sequence[Explanation], *, whole_page: bool) -> str:
+    """The same table as HTML; every text is escaped by the template engine.
+
+    Args:
+        explanations: In the order they are shown.
+        whole_page: A page of its own, rather than a fragment for a notebook.
+    """
+    return _template().render(
+        explanations=explanations,
+        whole_page=whole_page,
+        grade=lambda e: "" if e.fve_nrm is None else _grade(e.fve_nrm),
+        scored=any(e.cos is not None for e in explanations),
+        located=any(e.position is not None for e in explanations),
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nla_lens"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("explanations.html.jinja")
