@@ -85,7 +85,7 @@ def load_backbone(
     model = _load(
         AutoModel,
         path,
-        {"config": config},
+        {"config": config, **_renaming(config)},
         dtype,
         device,
         device_map,
@@ -94,6 +94,16 @@ def load_backbone(
     )
     remove_final_norm(model)
     return model
+
+
+def _renaming(config: Any) -> dict[str, Any]:
+    """transformers 4 does not strip a causal LM's `model.` for Gemma 3's bare text model."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    prefix = getattr(MODEL_MAPPING.get(type(config), None), "base_model_prefix", "model")
+    if prefix in ("model", "") or hasattr(config, "text_config"):
+        return {}
+    return {"key_mapping": {r"^model\.": ""}}
 
 
 def truncate(config: Any, n_blocks: int, path: object = "the model") -> None:
