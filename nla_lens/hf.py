@@ -101,7 +101,7 @@ def _renaming(config: Any) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     prefix = getattr(MODEL_MAPPING.get(type(config), None), "base_model_prefix", "model")
-    if prefix in ("model", "") or hasattr(config, "text_config"):
+    if prefix == "model" or hasattr(config, "text_config"):
         return {}
     return {"key_mapping": {r"^model\.": ""}}
 
