@@ -8,7 +8,7 @@ from typing import Any, Final
 import psutil
 import torch
 
-from nla_lens.hf import input_device, text_model
+from nla_lens.anatomy import input_device, text_model
 
 _MOST_ROWS: Final = {"cpu": 64, "cuda": 256, "mps": 64}
 _SHARE_OF_FREE_MEMORY: Final = 0.5

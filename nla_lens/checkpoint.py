@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nla_lens.errors import NLAError
+from nla_lens.lora import CONFIG_NAME
 from nla_lens.releases import TINY_DIR, find_release
 from nla_lens.sidecar import SIDECAR_NAME, Role, Sidecar, read_sidecar
 
@@ -40,8 +41,13 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """config.json; the nested text config where the model is a multimodal wrapper."""
+        """config.json; the nested text config where the model is a multimodal wrapper.
+
+        Empty for a LoRA adapter, which comes without one.
+        """
         path = self.path / "config.json"
+        if self.is_adapter and not path.is_file():
+            return {}
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -50,6 +56,11 @@ class Checkpoint:
             raise NLAError(f"{path} must hold an object, found {type(config).__name__}")
         nested = config.get("text_config")
         return nested if isinstance(nested, Mapping) else config
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether this is a PEFT adapter and not a full model."""
+        return (self.path / CONFIG_NAME).is_file()
 
     def check_role(self, role: Role) -> None:
         """Refuses an AR where an AV belongs, and the other way round.

@@ -10,21 +10,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
+from nla_lens.anatomy import remove_final_norm, text_model, truncate
 from nla_lens.errors import NLAError
+from nla_lens.lora import adapter_base, merge_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PER_LAYER_LISTS = ("layer_types",)
 _FOREIGN_ERRORS = ("safetensors_rust", "safetensors", "builtins")
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a checkpoint directory or hub repository."""
+    """The tokenizer in a checkpoint directory or hub repository; an adapter's may be its base's."""
     from transformers import AutoTokenizer
+
+    base = adapter_base(path)
+    if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
+        path = base
 
     with _clear_errors(path, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -48,9 +50,10 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(
-        AutoModelForCausalLM, path, {}, dtype, device, device_map, trust_remote_code, may_miss=()
-    )
+    placing = (dtype, device, device_map, trust_remote_code)
+    base = adapter_base(path)
+    model = _load(AutoModelForCausalLM, base or path, {}, *placing, may_miss=())
+    return model if base is None else _frozen(merge_adapter(model, path))
 
 
 def load_backbone(
@@ -75,23 +78,21 @@ def load_backbone(
     Raises:
         NLAError: Too few blocks, or weights of a block are missing.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    with _clear_errors(path, "config.json"):
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    base = adapter_base(path)
+    with _clear_errors(base or path, "config.json"):
+        config = AutoConfig.from_pretrained(base or str(path), trust_remote_code=trust_remote_code)
     if n_blocks is not None:
         truncate(config, n_blocks, path)
-    # An lm_head in the file is simply not looked at; the final norm may be absent.
-    model = _load(
-        AutoModel,
-        path,
-        {"config": config, **_renaming(config)},
-        dtype,
-        device,
-        device_map,
-        trust_remote_code,
-        may_miss=("norm.weight",),
-    )
+    placing = (dtype, device, device_map, trust_remote_code)
+    if base is None:
+        # An lm_head in the file is simply not looked at; the final norm may be absent.
+        options = {"config": config, **_renaming(config)}
+        model = _load(AutoModel, path, options, *placing, may_miss=("norm.weight",))
+    else:
+        whole = _load(AutoModelForCausalLM, base, {"config": config}, *placing, may_miss=())
+        model = text_model(_frozen(merge_adapter(whole, path)))
     remove_final_norm(model)
     return model
 
@@ -104,24 +105,6 @@ def _renaming(config: Any) -> dict[str, Any]:
     if prefix == "model" or hasattr(config, "text_config"):
         return {}
     return {"key_mapping": {r"^model\.": ""}}
-
-
-def truncate(config: Any, n_blocks: int, path: object = "the model") -> None:
-    """Cuts a config to its first blocks, with the lists that have an entry per block.
-
-    Raises:
-        NLAError: The model has fewer blocks.
-    """
-    text = getattr(config, "text_config", None) or config
-    if text.num_hidden_layers < n_blocks:
-        raise NLAError(
-            f"{path} has {text.num_hidden_layers} blocks; layer {n_blocks - 1} does not exist"
-        )
-    text.num_hidden_layers = n_blocks
-    for name in _PER_LAYER_LISTS:
-        per_layer = getattr(text, name, None)
-        if isinstance(per_layer, list):
-            setattr(text, name, per_layer[:n_blocks])
 
 
 def _load(
@@ -152,43 +135,12 @@ def _load(
         )
     if device is not None and device_map is None:
         model = model.to(device)
-    model.eval().requires_grad_(False)
-    loaded: PreTrainedModel = model
-    return loaded
+    return _frozen(model)
 
 
-def text_model(model: Any) -> Any:
-    """The stack of decoder blocks inside a (causal, wrapped, multimodal) model.
-
-    Raises:
-        NLAError: No list of blocks is found.
-    """
-    for path in ("model.language_model", "language_model.model", "language_model", "model", ""):
-        found: Any = model
-        for name in filter(None, path.split(".")):
-            found = getattr(found, name, None)
-        if isinstance(getattr(found, "layers", None), nn.ModuleList):
-            return found
-    raise NLAError(f"no decoder blocks found in {type(model).__name__}: expected model.layers")
-
-
-def remove_final_norm(model: Any) -> None:
-    """Replaces the final norm by identity, so that the model puts out the residual stream.
-
-    Raises:
-        NLAError: The model has no final norm under the usual name.
-    """
-    stack = text_model(model)
-    if not hasattr(stack, "norm"):
-        raise NLAError(f"{type(stack).__name__} has no final norm named `norm`")
-    stack.norm = nn.Identity()
-
-
-def input_device(model: Any) -> torch.device:
-    """Where token ids must be for the embedding."""
-    embedding = model.get_input_embeddings()
-    device: torch.device = next(embedding.parameters()).device
-    return device
+def _frozen(model: Any) -> PreTrainedModel:
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    return frozen
 
 
 @contextlib.contextmanager

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nla_lens.anatomy import input_device, text_model
 from nla_lens.engines.transformers import find_eos_ids
 from nla_lens.errors import NLAError
-from nla_lens.hf import input_device, load_backbone, load_causal_lm, load_tokenizer, text_model
+from nla_lens.hf import load_backbone, load_causal_lm, load_tokenizer
 from nla_lens.hook_point import ResidPost
 
 

@@ -91,7 +91,7 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
         ar_tokenizer = load_tokenizer(ar.path, trust_remote_code=foreign_code)
         check_prompt(spec, ar_tokenizer)
         head = load_head(ar, spec.d_model)
-        backbone = load_reconstructor_engine(request.engine, ar, request.placement)
+        backbone = load_reconstructor_engine(request.engine, ar, spec, request.placement)
         reconstructor = Reconstructor(spec, ar_tokenizer, backbone, head)
     engine = load_verbalizer_engine(request.engine, av, spec, request.placement)
     return Verbalizer(spec, tokenizer, engine, prompt), reconstructor

@@ -101,12 +101,12 @@ def load_verbalizer_engine(
 
 
 def load_reconstructor_engine(
-    engine: str, checkpoint: Checkpoint, placement: Placement
+    engine: str, checkpoint: Checkpoint, spec: NLASpec, placement: Placement
 ) -> ReconstructorEngine:
     """Loads an AR's backbone into an engine.
 
     Raises:
         NLAError: No such engine, or weights that are not a truncated backbone.
     """
-    loaded: ReconstructorEngine = _module(engine).load_reconstructor(checkpoint, placement)
+    loaded: ReconstructorEngine = _module(engine).load_reconstructor(checkpoint, spec, placement)
     return loaded

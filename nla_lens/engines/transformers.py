@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nla_lens.anatomy import input_device, text_model
 from nla_lens.batching import choose_batch_size, length_batches
 from nla_lens.checkpoint import Checkpoint
 from nla_lens.engines import Job, Placement
 from nla_lens.errors import NLAError
-from nla_lens.hf import input_device, load_backbone, load_causal_lm, text_model
+from nla_lens.hf import load_backbone, load_causal_lm
 from nla_lens.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace
 from nla_lens.sampling import Sampler
 from nla_lens.spec import NLASpec
@@ -32,9 +33,13 @@ def load_verbalizer(
     return TransformersVerbalizer(load_causal_lm(checkpoint.path, **vars(placement)), spec)
 
 
-def load_reconstructor(checkpoint: Checkpoint, placement: Placement) -> TransformersReconstructor:
-    """The truncated backbone of an AR directory."""
-    return TransformersReconstructor(load_backbone(checkpoint.path, **vars(placement)))
+def load_reconstructor(
+    checkpoint: Checkpoint, spec: NLASpec, placement: Placement
+) -> TransformersReconstructor:
+    """The truncated backbone of an AR directory; an adapter's base is cut after block K."""
+    n_blocks = spec.place.n_blocks if checkpoint.is_adapter and spec.place else None
+    model = load_backbone(checkpoint.path, n_blocks=n_blocks, **vars(placement))
+    return TransformersReconstructor(model)
 
 
 class TransformersVerbalizer:

@@ -1,0 +1,43 @@
+"""Reads a few sentences' residual streams, position by position. Runs offline: `make demo`.
+
+The model is the embedded NLA's own source model, loaded in TransformerLens; put your own sentence
+on the command line to read that instead.
+"""
+
+import sys
+
+from rich.console import Console
+from transformer_lens.model_bridge import TransformerBridge
+from transformers.utils import logging
+
+import nla_lens
+from nla_lens.display import to_table
+
+SENTENCES = (
+    "Maria is in Lisbon. She chops the onion and heats the oil in the pan.",
+    "The two governments signed the treaty after a long dispute.",
+)
+
+
+def main() -> None:
+    logging.disable_progress_bar()
+    sentences = sys.argv[1:] or SENTENCES
+    nla = nla_lens.NLA.from_pretrained("tiny")
+    model = TransformerBridge.boot_transformers(nla.spec.source_model)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(nla)
+    with nla_lens.attach(model, nla):
+        for sentence in sentences:
+            _, cache = model.run_with_cache(sentence)
+            explanations = cache["resid_post", nla.spec.layer][0].explain()
+            console.print()
+            console.print(to_table(explanations.flat, title=sentence))
+    console.print(
+        "\nfve: the share of the vector's variance that the explanation alone gives back. "
+        "1 is perfect, 0 is no better than the average vector: do not trust such a line.",
+        style="dim",
+    )
+
+
+if __name__ == "__main__":
+    main()
