@@ -7,20 +7,21 @@ gets the same text, and that text tends to be Chinese, or English about a Chines
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from nla_lens.explanation import Explanation
 from nla_lens.flags import is_cjk, is_injection_suspect
-from nla_lens.injection import rescale
+from nla_lens.injection import rescale, unit
 
 if TYPE_CHECKING:
     from nla_lens.nla import NLA
 
 _N_VECTORS: Final = 8
 _MAX_NEW_TOKENS: Final = 64
+_OPTIONS: Final[dict[str, Any]] = {"max_new_tokens": _MAX_NEW_TOKENS, "progress": False}
 
 
 @dataclass(frozen=True)
@@ -29,49 +30,54 @@ class Finding:
 
     Attributes:
         name: What was tested.
-        passed: Whether it held.
+        passed: Whether it held; None for what is measured and not judged.
         detail: What was found.
     """
 
     name: str
-    passed: bool
+    passed: bool | None
     detail: str
 
 
 def check_injection(nla: NLA, *, n_vectors: int = _N_VECTORS, seed: int = 0) -> list[Finding]:
-    """Injects random vectors and looks at what comes out.
+    """Injects vectors and looks at what comes out.
 
     Args:
         nla: The NLA.
-        n_vectors: How many directions are tried.
+        n_vectors: How many are tried.
         seed: Makes the vectors repeatable.
 
     Returns:
         The findings, each passed or not.
     """
-    vectors_ND = _random_vectors(nla, n_vectors, seed)
-    explained = list(
-        nla.explain_iter(vectors_ND, max_new_tokens=_MAX_NEW_TOKENS, score=False, progress=False)
-    )
+    vectors_ND = _likely_vectors(nla, n_vectors, seed)
+    explained = list(nla.explain_iter(vectors_ND, score=False, **_OPTIONS))
     texts = [e.text for e in explained]
-    twice_ND = vectors_ND[:1].expand(2, -1)
-    again = nla.encode(twice_ND, max_new_tokens=_MAX_NEW_TOKENS, progress=False)
+    twice = nla.encode(vectors_ND[:1].expand(2, -1), **_OPTIONS)
     findings = [
         _depends(texts),
-        _repeatable(again, texts[0]),
+        _repeatable(twice, texts[0]),
         _not_the_marker(nla, explained),
         _not_cjk(texts),
     ]
     if nla.spec.injection == "replace":
         findings.insert(0, _embedding(nla, vectors_ND))
     if nla.reconstructor is not None:
-        findings.append(_reconstructs(nla, texts))
+        findings.append(_leads_back(nla, texts, vectors_ND))
     return findings
 
 
-def _random_vectors(nla: NLA, n: int, seed: int) -> Tensor:
-    directions_ND = torch.randn(n, nla.spec.d_model, generator=torch.Generator().manual_seed(seed))
-    return rescale(directions_ND, nla.spec.usual_norm or nla.spec.d_model**0.5)
+def _likely_vectors(nla: NLA, n: int, seed: int) -> Tensor:
+    """Vectors like those the verbalizer was trained on, as far as a reconstructor can tell.
+
+    Random directions are far from any residual stream, and may well all be read as the same. What
+    the verbalizer says of them at temperature 1 is varied text of its own kind, and the
+    reconstructor turns that into vectors.
+    """
+    random_ND = torch.randn(n, nla.spec.d_model, generator=torch.Generator().manual_seed(seed))
+    if nla.reconstructor is None:
+        return rescale(random_ND, nla.spec.usual_norm or nla.spec.d_model**0.5)
+    return nla.reconstruct(nla.encode(random_ND, temperature=1.0, seed=seed, **_OPTIONS))
 
 
 def _embedding(nla: NLA, vectors_ND: Tensor) -> Finding:
@@ -118,7 +124,7 @@ def _not_the_marker(nla: NLA, explained: list[Explanation]) -> Finding:
     about = sum(is_injection_suspect(e, nla.spec) for e in explained)
     return Finding(
         "the marker's own reading does not come out",
-        same == 0 and about < len(explained) / 2,
+        2 * same <= len(explained) and 2 * about <= len(explained),
         f"{same} texts equal it, {about} are about the character; left alone it reads {own[:60]!r}",
     )
 
@@ -132,9 +138,12 @@ def _not_cjk(texts: list[str]) -> Finding:
     )
 
 
-def _reconstructs(nla: NLA, texts: list[str]) -> Finding:
-    vectors_ND = nla.reconstruct(texts)
-    held = bool(vectors_ND.isfinite().all()) and bool((vectors_ND.norm(dim=-1) > 0).all())
+def _leads_back(nla: NLA, texts: list[str], vectors_ND: Tensor) -> Finding:
+    """From its text alone, a vector is found among the others."""
+    cos_NN = unit(nla.reconstruct(texts)) @ unit(vectors_ND).T
+    found = int((cos_NN.argmax(-1) == torch.arange(len(texts))).sum())
     return Finding(
-        "the reconstructor answers with finite vectors", held, f"shape {list(vectors_ND.shape)}"
+        "share of texts that lead back to their own vector (how good, not whether it is injected)",
+        None,
+        f"{found} of {len(texts)} are found among the others",
     )

@@ -147,13 +147,14 @@ def check(context: click.Context, /, checkpoint: str, vectors: int, **options: A
 
     nla = _load(name=checkpoint, av=None, **options)
     findings = check_injection(nla, n_vectors=vectors)
-    console = Console()
     for finding in findings:
-        mark = "[green]ok  [/]" if finding.passed else "[red]FAIL[/]"
-        console.print(mark, finding.name, style=None if finding.passed else "bold", end=" ")
-        console.print(f"({finding.detail})", style="dim", markup=False, highlight=False)
-    if not all(finding.passed for finding in findings):
+        mark, colour = _MARKS[finding.passed]
+        click.echo(f"{click.style(mark, fg=colour)} {finding.name}: {finding.detail}")
+    if any(finding.passed is False for finding in findings):
         context.exit(1)
+
+
+_MARKS = {True: ("ok  ", "green"), False: ("FAIL", "red"), None: ("    ", None)}
 
 
 def _load(*, name: str, av: str | None, **options: Any) -> Any:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import jinja2
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +22,7 @@ GOOD_FVE, FAIR_FVE = 0.75, 0.5
 
 def to_table(explanations: Sequence[Explanation], *, title: str | None = None) -> Table:
     """A terminal table: position, token, explanation, cos, fve_nrm, flags; columns in use only."""
-    table = Table(title=title, show_lines=True, title_justify="left", title_style="bold")
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     located = any(e.position is not None for e in explanations)
     scored = any(e.cos is not None for e in explanations)
     flagged = any(e.flags for e in explanations)
@@ -31,7 +32,7 @@ def to_table(explanations: Sequence[Explanation], *, title: str | None = None) -
     table.add_column("explanation", ratio=1, overflow="fold")
     if scored:
         table.add_column("cos", justify="right")
-        table.add_column("fve", justify="right")
+        table.add_column("fve_nrm", justify="right")
     if flagged:
         table.add_column("flags", style="yellow")
     for e in explanations:

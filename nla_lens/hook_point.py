@@ -20,6 +20,8 @@ from nla_lens.errors import NLAError
 
 # TransformerBridge also caches a block's input and output as hook_in and hook_out.
 _NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|in|resid_post|out)")
+_RESIDUAL = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|in|out)")
+_SIDES = {"in": "resid_pre", "out": "resid_post"}
 
 
 @dataclass(frozen=True, order=True)
@@ -76,3 +78,19 @@ class ResidPost:
             return None
         block, side = int(match[1]), match[2]
         return cls(block if side in ("resid_post", "out") else block - 1)
+
+
+def residual_name(name: str) -> str | None:
+    """HookedTransformer's spelling of a hook point in the residual stream, None for any other.
+
+    >>> residual_name("blocks.3.hook_out"), residual_name("blocks.3.hook_mlp_out")
+    ('blocks.3.hook_resid_post', None)
+
+    `hook_resid_mid`, between a block's attention and its MLP, is in the stream, too, but no layer's
+    end: `ResidPost.find` does not know it.
+    """
+    match = _RESIDUAL.fullmatch(name)
+    if match is None:
+        return None
+    side = match[1]
+    return name.removesuffix(side) + _SIDES.get(side, side)

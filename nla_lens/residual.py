@@ -32,7 +32,8 @@ class Origin:
     Attributes:
         hook_name: `blocks.K.hook_resid_post` and the like.
         where_LX3: For each vector its row, its position in the row's own text (`PADDING` for
-            padding) and its token id (-1 where unknown); int64 on the CPU, `[*leading, 3]`.
+            padding) and its token id (-1 where unknown); int64 `[*leading, 3]`, left on the device
+            it was worked out on, since fetching it would make the device wait.
         to_token: Text of a token id.
         nla: Who explains; None until a probe is attached.
     """
@@ -44,17 +45,27 @@ class Origin:
 
     def at(self, index: Any) -> Origin:
         """The same for a slice of the leading axes."""
-        return Origin(self.hook_name, self.where_LX3[index], self.to_token, self.nla)
+        parts = index if isinstance(index, tuple) else (index,)
+        here = self.where_LX3.device
+        moved = tuple(p.to(here) if isinstance(p, torch.Tensor) else p for p in parts)
+        return Origin(self.hook_name, self.where_LX3[moved], self.to_token, self.nla)
 
 
 def locate(
-    token_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None
+    token_ids_BT: torch.Tensor, attention_mask_BS: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`where_LX3` of token ids `[B, T]`: positions count from each row's first real token."""
-    ids = token_ids_BT.detach().to("cpu", torch.int64)
-    real = torch.ones_like(ids) if attention_mask_BT is None else attention_mask_BT.cpu().long()
-    positions = torch.where(real.bool(), real.cumsum(-1) - 1, PADDING)
-    rows = torch.arange(len(ids))[:, None].expand_as(ids)
+    """`where_LX3` of token ids `[B, T]`: positions count from each row's first real token.
+
+    Args:
+        token_ids_BT: Ids; -1 where unknown.
+        attention_mask_BS: Which tokens are real; S is larger than T if it begins earlier, with what
+            is in a key-value cache. None: all of them.
+    """
+    ids = token_ids_BT.detach().long()
+    n_rows, n_tokens = ids.shape
+    mask = torch.ones_like(ids) if attention_mask_BS is None else attention_mask_BS.to(ids)
+    positions = mask.cumsum(-1).sub(1).masked_fill(mask == 0, PADDING)[:, -n_tokens:]
+    rows = torch.arange(n_rows, device=ids.device)[:, None].expand_as(ids)
     return torch.stack([rows, positions, ids], dim=-1)
 
 
@@ -175,7 +186,7 @@ def _leading_index(index: Any, ndim: int) -> tuple[Any, ...] | None:
         last = parts.pop()
         if not (isinstance(last, slice) and last == slice(None)):
             return None
-    return tuple(part.cpu() if isinstance(part, torch.Tensor) else part for part in parts)
+    return tuple(parts)
 
 
 def _axes_used(part: Any) -> int:

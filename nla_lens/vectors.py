@@ -56,7 +56,7 @@ def check_vectors(vectors: VectorsLike, d_model: int) -> VectorBatch:
     vectors_ND = given.reshape(-1, d_model).float()
     _check_values(vectors_ND, shape)
     if origin is not None:
-        flat = origin.where_LX3.reshape(-1, 3)
+        flat = origin.where_LX3.reshape(-1, 3).cpu()
         origin = Origin(origin.hook_name, flat, origin.to_token, origin.nla)
     return VectorBatch(vectors_ND, shape, origin)
 
