@@ -122,7 +122,9 @@ VISION = {
 
 def _layer_types(family: str, n_blocks: int) -> list[str]:
     if family.startswith("gemma3"):  # sliding, sliding, full, ...: both kinds early
-        return ["full_attention" if (i + 1) % 3 == 0 else "sliding_attention" for i in range(n_blocks)]
+        return [
+            "full_attention" if (i + 1) % 3 == 0 else "sliding_attention" for i in range(n_blocks)
+        ]
     return ["full_attention"] * n_blocks
 
 
@@ -136,7 +138,9 @@ def _to_v5(config: dict) -> None:
     config["rope_parameters"] = parameters
 
 
-def text_config(family: str, *, d_model: int, n_blocks: int, tied: bool | None = None, style: str = "hub") -> dict:
+def text_config(
+    family: str, *, d_model: int, n_blocks: int, tied: bool | None = None, style: str = "hub"
+) -> dict:
     """The decoder's config: the whole config.json but for the Gemma 3 wrapper, where it is nested.
 
     Args:
@@ -194,10 +198,14 @@ def eos_ids(family: str) -> list[int]:
 
 
 def generation_config(family: str) -> dict:
-    """The family's generation_config.json: everything in it but the ids leaks into "greedy" if let."""
+    """The family's generation_config.json; all of it but the ids leaks into "greedy" if let."""
     config = {"do_sample": True, "eos_token_id": eos_ids(family), "transformers_version": "4.51.3"}
     if family == "llama":
-        return config | {"bos_token_id": _id(family, "<|begin_of_text|>"), "temperature": 0.6, "top_p": 0.9}
+        return config | {
+            "bos_token_id": _id(family, "<|begin_of_text|>"),
+            "temperature": 0.6,
+            "top_p": 0.9,
+        }
     if family.startswith("gemma3"):
         leaks = {"cache_implementation": "hybrid", "top_k": 64, "top_p": 0.95}
         return config | leaks | {"bos_token_id": 2, "pad_token_id": 0}

@@ -21,11 +21,16 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 _PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.")
-_NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_NOT_TEXT = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
 
 
 def _short(name: str) -> str:
-    """`model.layers.0...` and the wrapper's names -> `layers.0...`, `embed_tokens.weight`, `lm_head.weight`."""
+    """`model.layers.0...` and the wrapper's names -> `layers.0...`; `lm_head.weight` stays."""
     prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
     return name.removeprefix(prefix)
 
@@ -36,7 +41,9 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
         return _merge_lora(directory)
     files = sorted(directory.glob("model*.safetensors"))
     tensors = {name: value for file in files for name, value in load_file(file).items()}
-    return {_short(name): value for name, value in tensors.items() if not name.startswith(_NOT_TEXT)}
+    return {
+        _short(name): value for name, value in tensors.items() if not name.startswith(_NOT_TEXT)
+    }
 
 
 def _merge_lora(directory: Path) -> dict[str, torch.Tensor]:
@@ -54,9 +61,15 @@ def _merge_lora(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def read_text_config(directory: Path) -> dict:
-    """The decoder's config, without wrapper and with `rope_theta` at the top, which every version reads."""
+    """The decoder's config, unwrapped; `rope_theta` at the top, where every version reads it."""
     if (directory / "adapter_config.json").exists():
-        return read_text_config(Path(json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]))
+        return read_text_config(
+            Path(
+                json.loads((directory / "adapter_config.json").read_text())[
+                    "base_model_name_or_path"
+                ]
+            )
+        )
     config = json.loads((directory / "config.json").read_text())
     config = dict(config.get("text_config", config))
     rope = config.pop("rope_parameters", None)
@@ -78,15 +91,23 @@ def read_sidecar(directory: Path) -> dict:
 
 def layer_of(meta: dict) -> int:
     """K, the block whose output is meant."""
-    return meta["extraction_layer_index"] if "extraction_layer_index" in meta else meta["extraction"]["layer_index"]
+    return (
+        meta["extraction_layer_index"]
+        if "extraction_layer_index" in meta
+        else meta["extraction"]["layer_index"]
+    )
 
 
-def decoder(tensors: dict, config: dict, n_blocks: int, dtype: torch.dtype, norm: bool) -> torch.nn.Module:
-    """The text model alone with its first blocks; without `norm` it returns the last block's output."""
+def decoder(
+    tensors: dict, config: dict, n_blocks: int, dtype: torch.dtype, norm: bool
+) -> torch.nn.Module:
+    """The text model's first blocks; without `norm` it returns the output of the last of them."""
     config = dict(config, num_hidden_layers=n_blocks)
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][:n_blocks]
-    model = AutoModel.from_config(AutoConfig.for_model(**config), attn_implementation="eager").float()
+    model = AutoModel.from_config(
+        AutoConfig.for_model(**config), attn_implementation="eager"
+    ).float()
     wanted = set(model.state_dict()) - (set() if norm else {"norm.weight"})
     model.load_state_dict({name: tensors[name].float() for name in wanted}, strict=False)
     if not norm:
@@ -95,7 +116,7 @@ def decoder(tensors: dict, config: dict, n_blocks: int, dtype: torch.dtype, norm
 
 
 class Greedy(NamedTuple):
-    """Greedy continuations: `ids` [n, N], not cut at an EOS, and the gap to the second best logit, `margins` [n, N]."""
+    """`ids` [n, N], not cut at an EOS, and by how much each logit leads, `margins` [n, N]."""
 
     ids: torch.Tensor
     margins: torch.Tensor
@@ -110,7 +131,9 @@ class AV:
         dtype: of the arithmetic; float64 tells whether float32 was enough.
     """
 
-    def __init__(self, directory: Path | str, injection: str = "replace", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, directory: Path | str, injection: str = "replace", dtype: torch.dtype = torch.float32
+    ) -> None:
         directory = Path(directory)
         self.injection, self.dtype = injection, dtype
         self.meta, self.config = read_sidecar(directory), read_text_config(directory)
@@ -118,7 +141,9 @@ class AV:
         tensors = read_tensors(directory)
         self.table = tensors["embed_tokens.weight"].to(dtype)
         self.output = tensors.get("lm_head.weight", tensors["embed_tokens.weight"]).to(dtype)
-        self.model = decoder(tensors, self.config, self.config["num_hidden_layers"], dtype, norm=True)
+        self.model = decoder(
+            tensors, self.config, self.config["num_hidden_layers"], dtype, norm=True
+        )
         self.prompt_ids = self._prompt_ids()
         self.marker_position = self._marker_position()
 
@@ -127,12 +152,16 @@ class AV:
         template = templates["av"] if "av" in templates else templates["actor"]
         content = template.replace("{injection_char}", self.meta["tokens"]["injection_char"])
         message = [{"role": "user", "content": content}]
-        rendered = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        rendered = self.tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True
+        )
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
     def _marker_position(self) -> int:
         tokens, ids = self.meta["tokens"], self.prompt_ids
-        wanted = [tokens[f"injection_{name}_id"] for name in ("left_neighbor", "token", "right_neighbor")]
+        wanted = [
+            tokens[f"injection_{name}_id"] for name in ("left_neighbor", "token", "right_neighbor")
+        ]
         sites = [i for i in range(1, len(ids) - 1) if ids[i - 1 : i + 2] == wanted]
         (position,) = sites
         return position
@@ -146,7 +175,11 @@ class AV:
     def embeds(self, ids_NT: torch.Tensor) -> torch.Tensor:
         """What enters block 0: rows of the table, for Gemma times sqrt(d)."""
         rows = self.table[ids_NT]
-        return rows * math.sqrt(self.config["hidden_size"]) if self.config["model_type"] == "gemma3_text" else rows
+        return (
+            rows * math.sqrt(self.config["hidden_size"])
+            if self.config["model_type"] == "gemma3_text"
+            else rows
+        )
 
     def prompt_embeds(self, vectors_ND: torch.Tensor) -> torch.Tensor:
         """[n, T, d] as they enter block 0 under the replace rule."""
@@ -156,7 +189,9 @@ class AV:
     def _replaced(self, embeds_NTD: torch.Tensor, vectors_ND: torch.Tensor) -> torch.Tensor:
         v, scale = vectors_ND.to(self.dtype), self.injection_scale()
         embeds_NTD = embeds_NTD.clone()
-        embeds_NTD[:, self.marker_position] = v if scale is None else v * scale / v.norm(dim=-1, keepdim=True)
+        embeds_NTD[:, self.marker_position] = (
+            v if scale is None else v * scale / v.norm(dim=-1, keepdim=True)
+        )
         return embeds_NTD
 
     def _add_at_block_1(self, vectors_ND: torch.Tensor):
@@ -173,7 +208,7 @@ class AV:
 
     @torch.no_grad()
     def logits(self, ids_NT: torch.Tensor, vectors_ND: torch.Tensor | None) -> torch.Tensor:
-        """Next-token logits [n, vocab] behind whole sequences; without vectors nothing is injected."""
+        """Logits [n, vocab] behind whole sequences; without vectors nothing is injected."""
         embeds = self.embeds(ids_NT)
         hook = None
         if vectors_ND is not None and self.injection == "replace":
@@ -186,7 +221,7 @@ class AV:
         return hidden[:, -1] @ self.output.T
 
     def greedy(self, vectors_ND: torch.Tensor, n_tokens: int) -> Greedy:
-        """The likeliest token, n_tokens times, each from a forward pass over everything before it."""
+        """The likeliest token, n_tokens times, each by a forward pass over all before it."""
         ids = torch.tensor(self.prompt_ids).repeat(len(vectors_ND), 1)
         margins = []
         for _ in range(n_tokens):
@@ -209,7 +244,9 @@ class AR:
         head = load_file(directory / "value_head.safetensors")
         self.weight, self.bias = head["weight"].to(dtype), head.get("bias")
         n_blocks = layer_of(self.meta) + 1
-        self.model = decoder(read_tensors(directory), read_text_config(directory), n_blocks, dtype, norm=False)
+        self.model = decoder(
+            read_tensors(directory), read_text_config(directory), n_blocks, dtype, norm=False
+        )
 
     def prompt_ids(self, text: str) -> list[int]:
         templates = self.meta["prompt_templates"]

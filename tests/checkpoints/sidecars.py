@@ -13,7 +13,13 @@ from . import texts, vocabulary
 ABSENT = "<<absent>>"  # as a value: the key is left out (also as an override: the key is removed)
 
 # One of each size class of the releases, in units of these small models.
-INJECTION_SCALES = {"llama": 30.0, "qwen2": 150.0, "qwen3": 40.0, "gemma3_text": 800.0, "gemma3": 800.0}
+INJECTION_SCALES = {
+    "llama": 30.0,
+    "qwen2": 150.0,
+    "qwen3": 40.0,
+    "gemma3_text": 800.0,
+    "gemma3": 800.0,
+}
 
 Overrides = Mapping[str, Any] | Callable[[dict], dict | None] | None
 
@@ -80,7 +86,12 @@ def sidecar(
             "schema_version": schema,
             "stage": "av_sft" if role == "av" else "ar_sft",
             "row_count": 1000,
-            "extraction": {"base_model": base, "d_model": d_model, "layer_index": layer, "norm": "none"},
+            "extraction": {
+                "base_model": base,
+                "d_model": d_model,
+                "layer_index": layer,
+                "norm": "none",
+            },
             "tokens": tokens,
             "prompt_templates": templates,
         }
@@ -111,7 +122,7 @@ def default_mse_scale(d_model: int) -> float:
 
 
 def override(mapping: dict, change: Overrides) -> dict:
-    """A copy of the mapping with a change made: a nested mapping, laid over it, or a function of it."""
+    """A changed copy; the change is a nested mapping, laid over it, or a function of it."""
     made = copy.deepcopy(mapping)
     if change is None:
         return made
@@ -130,7 +141,11 @@ def override(mapping: dict, change: Overrides) -> dict:
 
 def write_sidecar(directory: Path | str, mapping: Mapping | str) -> Path:
     """Write nla_meta.yaml; a string is written as it is (for broken files)."""
-    text = mapping if isinstance(mapping, str) else yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True)
+    text = (
+        mapping
+        if isinstance(mapping, str)
+        else yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True)
+    )
     path = Path(directory) / "nla_meta.yaml"
     path.write_text(text, encoding="utf-8")
     return path

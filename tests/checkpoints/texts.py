@@ -20,8 +20,9 @@ MARKERS = {"llama": "㎡", "qwen2": "㈎", "qwen3": "㈎", "gemma3_text": "㈜",
 # Explanations of the kind an AV writes, for the AR and for the tokenizers' training text.
 EXPLANATIONS = (
     "A cooking recipe in its middle: garlic and onion are in the pan, the next step is salt.",
-    "A short news report about the weather; rain is expected in the north.\n\nIt ends on a place name.",
-    "Dialogue between two friends, \"I will be there\", about to be closed by a quotation mark.",
+    "A short news report about the weather; rain is expected in the north.\n\n"
+    "It ends on a place name.",
+    'Dialogue between two friends, "I will be there", about to be closed by a quotation mark.',
     "Code with braces {explanation} and {injection_char}, such as return {a: b}",
     "  leading and trailing blanks, kept as they are  ",
     "x",

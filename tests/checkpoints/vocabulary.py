@@ -10,7 +10,17 @@ import json
 from functools import cache
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from . import texts
 
@@ -23,10 +33,28 @@ _QWEN_SPLIT = _SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 _GEMMA_LEARN = r"▁?\p{L}+|\p{N}|▁?[^▁\s\p{L}\p{N}]+\n*|\n+|▁+"
 
 SPECIALS = {
-    "llama": ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"),
+    "llama": (
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eom_id|>",
+        "<|eot_id|>",
+    ),
     "qwen2": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     "qwen3": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    "gemma3": ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "<image_soft_token>", "<start_of_image>", "<end_of_image>"),
+    "gemma3": (
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<mask>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<image_soft_token>",
+        "<start_of_image>",
+        "<end_of_image>",
+    ),
 }
 CHAT_TEMPLATES = {
     "llama": texts.LLAMA_CHAT,
@@ -53,17 +81,23 @@ def _byte_level(family: str) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=256 + 220, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=256 + 220,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([texts.BPE_TEXT], trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS[family]])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in SPECIALS[family]]
+    )
     if family == "qwen3":  # added, yet not special: they stay when special tokens are skipped
         tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
     byte_level = processors.ByteLevel(trim_offsets=False)
     if family == "llama":
         bos = SPECIALS[family][0]
         add_bos = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos}:1 $B:1",
+            special_tokens=[(bos, tokenizer.token_to_id(bos))],
         )
         tokenizer.post_processor = processors.Sequence([byte_level, add_bos])
     else:
@@ -75,18 +109,26 @@ def _gemma() -> Tokenizer:
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(_GEMMA_LEARN), behavior="isolated")
-    learner.train_from_iterator([texts.BPE_TEXT], trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    learner.train_from_iterator(
+        [texts.BPE_TEXT], trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    )
     learnt = json.loads(learner.to_str())["model"]
 
     pieces = [*SPECIALS["gemma3"], *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += sorted(learnt["vocab"], key=learnt["vocab"].get)
     merges = [tuple(pair) for pair in learnt["merges"]]
     vocab = {piece: index for index, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS["gemma3"]])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in SPECIALS["gemma3"]]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", vocab["<bos>"])]
     )
@@ -115,7 +157,9 @@ def quiet_ids(family: str, vocab_size: int) -> list[int]:
     """Ids that a checkpoint should not write by chance: specials and the padding of the table."""
     known = tokenizer(family)
     names = [*SPECIALS[_kind(family)], *(("<think>", "</think>") if family == "qwen3" else ())]
-    return sorted({known.token_to_id(name) for name in names} | set(range(known.get_vocab_size(), vocab_size)))
+    return sorted(
+        {known.token_to_id(name) for name in names} | set(range(known.get_vocab_size(), vocab_size))
+    )
 
 
 def _settings(family: str) -> dict:
@@ -153,7 +197,9 @@ def _settings(family: str) -> dict:
     }
 
 
-def write_tokenizer(directory: Path, family: str, *, template_file: bool = False, **overrides) -> None:
+def write_tokenizer(
+    directory: Path, family: str, *, template_file: bool = False, **overrides
+) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
     Args:
@@ -168,7 +214,8 @@ def write_tokenizer(directory: Path, family: str, *, template_file: bool = False
     settings = _settings(_kind(family))
     added = json.loads(made.to_str())["added_tokens"]
     settings["added_tokens_decoder"] = {
-        str(entry["id"]): {key: value for key, value in entry.items() if key != "id"} for entry in added
+        str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
+        for entry in added
     }
     settings["model_max_length"] = 131072
     template = CHAT_TEMPLATES[_kind(family)]
@@ -177,6 +224,15 @@ def write_tokenizer(directory: Path, family: str, *, template_file: bool = False
     else:
         settings["chat_template"] = template
     settings.update(overrides)
-    special = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(key)}
-    for name, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
-        (directory / name).write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+    special = {
+        key: settings[key]
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if settings.get(key)
+    }
+    for name, content in (
+        ("tokenizer_config.json", settings),
+        ("special_tokens_map.json", special),
+    ):
+        (directory / name).write_text(
+            json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8"
+        )

@@ -1,5 +1,6 @@
-"""The tensors of a checkpoint, each a function of its name and shape, and the files they go into."""
+"""The tensors of a checkpoint, each a function of its name and shape, and their files."""
 
+import itertools
 import json
 import math
 import os
@@ -9,11 +10,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-
 # Standard deviations in units of 1/sqrt(fan-in), found by trial: attention picks out few
 # positions, the marker's row among them, and blocks outweigh the embedding of the last token;
 # otherwise a random model falls into a loop, the same for every vector.
-_GAIN = {"q_proj": 1.7, "k_proj": 1.7, "v_proj": 1.3, "o_proj": 3.0, "gate_proj": 2.0, "up_proj": 1.5, "down_proj": 2.0}
+_GAIN = {
+    "q_proj": 1.7,
+    "k_proj": 1.7,
+    "v_proj": 1.3,
+    "o_proj": 3.0,
+    "gate_proj": 2.0,
+    "up_proj": 1.5,
+    "down_proj": 2.0,
+}
 
 
 def shapes(text: dict, n_blocks: int | None = None) -> dict[str, tuple[int, ...]]:
@@ -34,7 +42,9 @@ def shapes(text: dict, n_blocks: int | None = None) -> dict[str, tuple[int, ...]
         "post_attention_layernorm.weight": (d,),
     }
     if family == "qwen2":
-        block |= {f"self_attn.{p}_proj.bias": (block[f"self_attn.{p}_proj.weight"][0],) for p in "qkv"}
+        block |= {
+            f"self_attn.{p}_proj.bias": (block[f"self_attn.{p}_proj.weight"][0],) for p in "qkv"
+        }
     if family in ("qwen3", "gemma3_text"):
         block |= {f"self_attn.{p}_norm.weight": (head_dim,) for p in "qk"}
     if family == "gemma3_text":
@@ -82,7 +92,7 @@ def tensor(name: str, shape: tuple[int, ...], seed: int, family: str) -> torch.T
     if name == "model.norm.weight":
         # Random signs, so that with tied weights a token does not predict itself.
         values = torch.sign(values) * (1 + 0.3 * values.abs())
-        return values - 1 if family == "gemma3_text" else values
+        return 2 * values - 1 if family == "gemma3_text" else values
     if part in ("q_norm", "k_norm"):
         values = 1.7 + 0.2 * values
         return values - 1 if family == "gemma3_text" else values
@@ -91,7 +101,7 @@ def tensor(name: str, shape: tuple[int, ...], seed: int, family: str) -> torch.T
     if part.endswith("norm") or part.endswith("layernorm"):
         return 0.2 * values if family == "gemma3_text" else 1 + 0.2 * values
     if name.endswith("bias"):
-        return 0.5 * values
+        return 0.3 * values
     if part == "embed_tokens":  # Gemma multiplies by sqrt(d) itself
         return values * (1 / math.sqrt(shape[1]) if family == "gemma3_text" else 0.7)
     if part == "lm_head":
@@ -99,7 +109,9 @@ def tensor(name: str, shape: tuple[int, ...], seed: int, family: str) -> torch.T
     return values * _GAIN.get(part, 1.0) / math.sqrt(math.prod(shape[1:]) or 1)
 
 
-def make(text: dict, seed: int, quiet: list[int] = (), n_blocks: int | None = None) -> dict[str, torch.Tensor]:
+def make(
+    text: dict, seed: int, quiet: list[int] = (), n_blocks: int | None = None
+) -> dict[str, torch.Tensor]:
     """All tensors of a text model in float32.
 
     Args:
@@ -109,7 +121,9 @@ def make(text: dict, seed: int, quiet: list[int] = (), n_blocks: int | None = No
         n_blocks: fewer blocks than the config has.
     """
     family = text["model_type"]
-    made = {name: tensor(name, shape, seed, family) for name, shape in shapes(text, n_blocks).items()}
+    made = {
+        name: tensor(name, shape, seed, family) for name, shape in shapes(text, n_blocks).items()
+    }
     raise_outputs(made, quiet, 0.1)
     return made
 
@@ -131,23 +145,30 @@ def teach_sequence(tensors: dict[str, torch.Tensor], ids: list[int]) -> None:
     """
     if "lm_head.weight" not in tensors:
         raise ValueError("teach_sequence needs an untied lm_head")
-    embed, output, norm = (tensors[f"{n}.weight"] for n in ("model.embed_tokens", "lm_head", "model.norm"))
+    embed, output, norm = (
+        tensors[f"{n}.weight"] for n in ("model.embed_tokens", "lm_head", "model.norm")
+    )
     output[ids[0]] *= 2
-    for current, following in zip(ids, ids[1:]):
+    for current, following in itertools.pairwise(ids):
         embed[current] *= 60 / embed[current].norm()
         direction = embed[current] * norm
         output[following] = 3 * direction / direction.norm()
 
 
-def hub_names(tensors: dict[str, torch.Tensor], vision: dict, d_model: int, seed: int) -> dict[str, torch.Tensor]:
-    """A text model's tensors under the names of the released Gemma 3 wrappers, vision tower added."""
+def hub_names(
+    tensors: dict[str, torch.Tensor], vision: dict, d_model: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """A text model's tensors under the names of the released wrappers, vision tower added."""
     renamed = {f"language_model.{name}": value for name, value in tensors.items()}
-    rest = {name: 0.1 * noise(name, shape, seed) for name, shape in vision_shapes(vision, d_model).items()}
+    rest = {
+        name: 0.1 * noise(name, shape, seed)
+        for name, shape in vision_shapes(vision, d_model).items()
+    }
     return renamed | rest
 
 
 def module_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Hub names of a wrapper -> the names of the modules in memory, as some training tools save them."""
+    """Hub names of a wrapper -> names of its modules in memory, as some training tools save."""
     pairs = (
         ("language_model.model.", "model.language_model."),
         ("language_model.lm_head", "lm_head"),
@@ -162,11 +183,17 @@ def module_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file({name: value.contiguous() for name, value in tensors.items()}, str(path), metadata={"format": "pt"})
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()},
+        str(path),
+        metadata={"format": "pt"},
+    )
     os.chmod(path, 0o644)
 
 
-def save(tensors: dict[str, torch.Tensor], directory: Path, dtype: torch.dtype, layout: str = "single") -> None:
+def save(
+    tensors: dict[str, torch.Tensor], directory: Path, dtype: torch.dtype, layout: str = "single"
+) -> None:
     """Write the weights.
 
     Args:
@@ -184,7 +211,11 @@ def save(tensors: dict[str, torch.Tensor], directory: Path, dtype: torch.dtype, 
     shards = [names] if layout == "indexed" else [names[i::3] for i in range(3)]
     weight_map = {}
     for number, part in enumerate(shards, start=1):
-        file = "model.safetensors" if layout == "indexed" else f"model-{number:05d}-of-00003.safetensors"
+        file = (
+            "model.safetensors"
+            if layout == "indexed"
+            else f"model-{number:05d}-of-00003.safetensors"
+        )
         weight_map |= dict.fromkeys(part, file)
         if layout != "stale_index":
             _save({name: tensors[name] for name in part}, directory / file)
@@ -194,3 +225,23 @@ def save(tensors: dict[str, torch.Tensor], directory: Path, dtype: torch.dtype, 
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return None
+
+
+def write_value_head(
+    directory: Path, d_model: int, seed: int, dtype: torch.dtype, bias: bool = False
+) -> None:
+    """Write value_head.safetensors: `weight` [d, d], and `bias` [d] if asked."""
+    head = {"weight": noise("value_head", (d_model, d_model), seed) / d_model**0.5}
+    if bias:
+        head["bias"] = noise("value_head.bias", (d_model,), seed)
+    _save(
+        {name: value.to(dtype) for name, value in head.items()},
+        directory / "value_head.safetensors",
+    )
+
+
+def vectors(d_model: int = 64, n: int = 6, seed: int = 0) -> torch.Tensor:
+    """Vectors [n, d] in float32 whose norms go from 1e-3 to 1e4."""
+    directions = noise("vectors", (n, d_model), seed)
+    norms = torch.logspace(-3, 4, n) if n > 1 else torch.ones(1)
+    return directions / directions.norm(dim=-1, keepdim=True) * norms[:, None]
