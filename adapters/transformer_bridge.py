@@ -11,24 +11,28 @@ what comes back is viewed, not copied.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+import inspect
+from collections.abc import Callable, MutableMapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nla_lens.adapters.transformer_bridge_run import Run
+from nla_lens.engines.transformers import find_eos_ids
 from nla_lens.errors import NLAError
-from nla_lens.extraction import token_text
 from nla_lens.frameworks import Probe, check_fit
-from nla_lens.hook_point import ResidPost
+from nla_lens.hook_point import ResidPost, residual_name
 from nla_lens.nla import NLA
-from nla_lens.residual import Origin, ResidualTensor, locate
+from nla_lens.residual import Origin, ResidualTensor
 
+_METHOD = "run_with_cache"
 _ROWS_LOOKED_AT = 256
-_CENTRED = 1e-4
+# In units of what chance gives, 1/sqrt(d_model): centred rows have 1e-6 of it in float32 and 1e-3
+# in bfloat16, rows of models that were not centred about 1.
+_CENTRED = 0.03
 
 
 def attach(model: Any, nla: NLA) -> Probe:
@@ -39,9 +43,12 @@ def attach(model: Any, nla: NLA) -> Probe:
         nla: The NLA.
 
     Raises:
-        NLAError: Another width, weights centred when they were loaded, or a probe already there.
+        NLAError: No such model, another width, weights centred when they were loaded, or a probe
+            already there.
     """
-    if "run_with_cache" in vars(model):
+    _check_kind(model)
+    own = vars(model)
+    if _METHOD in own:
         raise NLAError(
             f"this {type(model).__name__} has a probe already (or a replaced run_with_cache); "
             "detach it first"
@@ -53,13 +60,22 @@ def attach(model: Any, nla: NLA) -> Probe:
         what=f"this {type(model).__name__}",
     )
     _refuse_centred(model)
-    # Into __dict__ itself: TransformerBridge forwards some attribute writes to the wrapped model.
-    vars(model)["run_with_cache"] = _recording(model, nla)
-    return Probe(model, nla, undo=lambda: vars(model).pop("run_with_cache", None))
+    # A bound method, so that a deep copy of the model runs itself and not the original. Into
+    # __dict__ itself: TransformerBridge forwards some attribute writes to the wrapped model.
+    recording = MethodType(_recording(type(model), nla), model)
+    own[_METHOD] = recording
+
+    def undo() -> None:
+        if own.get(_METHOD) is recording:
+            del own[_METHOD]
+
+    return Probe(model, nla, undo)
 
 
 def as_source(model: Any, tokenizer: Any = None) -> TransformerLensSource:
     """The model as a source of residual vectors for `nla_lens.extract`."""
+    _check_kind(model)
+    _refuse_centred(model)
     return TransformerLensSource(model, tokenizer)
 
 
@@ -107,130 +123,78 @@ class TransformerLensSource:
     @torch.inference_mode()
     def go_on(self, ids: Sequence[int], n: int) -> list[int]:
         """Argmax continuation, without a cache: the same in every TransformerLens version."""
-        grown = list(ids)
+        ends, grown = self._eos_ids(), list(ids)
         for _ in range(n):
             ids_BT = torch.tensor([grown], device=self.model.cfg.device)
             chosen = int(self.model(ids_BT, return_type="logits")[0, -1].float().argmax())
-            if chosen == self.tokenizer.eos_token_id:
+            if chosen in ends:
                 break
             grown.append(chosen)
         return grown[len(ids) :]
 
+    def _eos_ids(self) -> frozenset[int | None]:
+        # A HookedTransformer keeps nothing of the generation_config.
+        wrapped = getattr(self.model, "original_model", None)
+        if wrapped is None:
+            return frozenset([self.tokenizer.eos_token_id])
+        return frozenset(find_eos_ids(wrapped))
 
-def _recording(model: Any, nla: NLA) -> Callable[..., Any]:
+
+def _recording(cls: Any, nla: NLA) -> Callable[..., Any]:
     """`run_with_cache` whose residual entries know where they came from."""
-    original = type(model).run_with_cache
+    original = cls.run_with_cache
+    positional = _positional_names(cls)
 
     @functools.wraps(original)
-    def run_with_cache(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        with _tokens_seen(model) as seen:
+    def run_with_cache(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        _refuse_centred(model)
+        run = Run(model, dict(zip(positional, args, strict=False)) | kwargs)
+        with run.watching():
             output, cache = original(model, *args, **kwargs)
-        entries = getattr(cache, "cache_dict", cache)
-        to_token = None if model.tokenizer is None else token_text(model.tokenizer)
-        _wrap_entries(entries, nla, to_token, _Where(model, seen, args, kwargs))
+        _wrap_entries(getattr(cache, "cache_dict", cache), run, nla)
         return output, cache
 
     return run_with_cache
 
 
-@contextlib.contextmanager
-def _tokens_seen(model: Any) -> Iterator[list[Tensor]]:
-    """Token ids as they reach the embedding: after BOS, padding and truncation."""
-    seen: list[Tensor] = []
+def _positional_names(cls: Any) -> tuple[str, ...]:
+    """What positional arguments of `run_with_cache` are called.
 
-    def hook(module: Any, args: Any, kwargs: Any) -> None:
-        found = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if found is not None and not found.is_floating_point():
-            seen.append(found)
-
-    handle = model.embed.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+    TransformerBridge names its own; HookedTransformer hands them on to `forward`.
+    """
+    for method in (cls.run_with_cache, cls.forward):
+        parameters = list(inspect.signature(method).parameters.values())[1:]
+        if all(p.kind is not p.VAR_POSITIONAL for p in parameters):
+            return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    return ()
 
 
-def _wrap_entries(
-    entries: MutableMapping[str, Any],
-    nla: NLA,
-    to_token: Callable[[int], str] | None,
-    where: _Where,
-) -> None:
-    for name, value in entries.items():
-        if ResidPost.find(name) is None or not isinstance(value, Tensor):
-            continue
-        where_LX3 = where.of(value)
+def _wrap_entries(entries: MutableMapping[str, Any], run: Run, nla: NLA) -> None:
+    where_LX3 = run.where()
+    if where_LX3 is None:
+        return
+    for key, value in entries.items():
+        hook_name = residual_name(key)
         # An entry of another shape than the tokens is left as it is.
-        if where_LX3 is not None and where_LX3.shape[:-1] == value.shape[:-1]:
-            entries[name] = ResidualTensor.wrap(value, Origin(name, where_LX3, to_token, nla))
+        if (
+            hook_name is not None
+            and isinstance(value, Tensor)
+            and value.shape[:-1] == where_LX3.shape[:-1]
+        ):
+            origin = Origin(hook_name, where_LX3, run.to_token, nla)
+            entries[key] = ResidualTensor.wrap(value, origin)
 
 
-class _Where:
-    """Rows, positions and tokens of one run's cached residuals, worked out when first needed."""
-
-    def __init__(self, model: Any, seen: list[Tensor], args: Any, kwargs: dict[str, Any]) -> None:
-        self._model, self._kwargs = model, kwargs
-        self._input = args[0] if args else kwargs.get("input")
-        # From start_at_layer on the input is a residual; whatever was embedded was not it.
-        self._ids_BT = seen[0] if seen and kwargs.get("start_at_layer") is None else None
-        self._found: Tensor | None = None
-
-    def of(self, entry: Tensor) -> Tensor | None:
-        """`[*leading, 3]` for a cached entry."""
-        if self._found is None:
-            self._found = self._locate(entry)
-        if self._found is None:
-            return None
-        return self._found[0] if entry.ndim == 2 else self._found
-
-    def _locate(self, entry: Tensor) -> Tensor | None:
-        if self._ids_BT is None or self._ids_BT.ndim != 2:
-            return None
-        where_BT3 = locate(self._ids_BT, self._attention_mask(self._ids_BT))
-        where_BT3[..., 1] += self._cached_before()
-        return _sliced(where_BT3, self._kwargs.get("pos_slice"))
-
-    def _cached_before(self) -> int:
-        past = self._kwargs.get("past_kv_cache")
-        return 0 if past is None else int(past[0].past_keys.shape[1])
-
-    def _attention_mask(self, ids_BT: Tensor) -> Tensor | None:
-        """Which tokens are real; only a batch, or a caller's own mask, can have padding."""
-        given = self._kwargs.get("attention_mask")
-        if given is not None:
-            return given[:, -ids_BT.shape[1] :]
-        if len(ids_BT) == 1 or self._model.tokenizer is None:
-            return None
-        side = self._kwargs.get("padding_side")
-        tokenizer = self._model.tokenizer
-        kept = tokenizer.padding_side
-        try:
-            # The function of 2.18 takes no side of its own.
-            tokenizer.padding_side = side if side in ("left", "right") else kept
-            mask: Tensor = _tool("get_attention_mask")(
-                tokenizer, ids_BT, bool(self._model.cfg.default_prepend_bos)
-            )
-        finally:
-            tokenizer.padding_side = kept
-        return mask
-
-
-def _sliced(where_BT3: Tensor, pos_slice: Any) -> Tensor:
-    """Applies run_with_cache's `pos_slice` to what is known of the positions."""
-    if pos_slice is None:
-        return where_BT3
-    sliced: Tensor = _tool("Slice").unwrap(pos_slice).apply(where_BT3, dim=1)
-    return sliced
-
-
-def _tool(name: str) -> Any:
-    """One of TransformerLens' own helpers: in `utils` up to 3.x, in `utilities` from 3.x on."""
-    for module in ("utilities", "utils"):
-        with contextlib.suppress(ImportError):
-            found = getattr(importlib.import_module(f"transformer_lens.{module}"), name, None)
-            if found is not None:
-                return found
-    raise NLAError(f"this version of TransformerLens has no {name}; 2.18, 3.9 and 4.x are tested")
+def _check_kind(model: Any) -> None:
+    """Raises an NLAError if a model has no token embedding and blocks in this process."""
+    if not isinstance(model, nn.Module) or not all(
+        hasattr(model, name) for name in (_METHOD, "cfg", "embed", "blocks")
+    ):
+        raise NLAError(
+            f"cannot record the residual stream of a {type(model).__name__}: of TransformerLens' "
+            "classes a TransformerBridge or HookedTransformer can be read. Vectors from anywhere "
+            "can be given to nla.explain"
+        )
 
 
 def _refuse_centred(model: Any) -> None:
@@ -241,9 +205,12 @@ def _refuse_centred(model: Any) -> None:
     Raises:
         NLAError: Every embedding row has mean zero.
     """
+    # Of models with RMSNorm TransformerLens centres none, whatever it is asked.
+    if "RMS" in str(model.cfg.normalization_type):
+        return
     embed_VD = model.W_E.detach()[:_ROWS_LOOKED_AT].float()
-    means, sizes = embed_VD.mean(-1).abs(), embed_VD.std(-1)
-    if bool((means <= _CENTRED * sizes).all()) and bool((sizes > 0).any()):
+    mean, spread = (x.square().mean().sqrt() for x in (embed_VD.mean(-1), embed_VD.std(-1)))
+    if mean <= _CENTRED * spread / embed_VD.shape[-1] ** 0.5 and spread > 0:
         raise NLAError(
             f"the weights of this {type(model).__name__} were centred (center_writing_weights): "
             "its residual stream is not the one the NLA was trained on. Load it with "

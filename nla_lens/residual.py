@@ -91,7 +91,8 @@ class ResidualTensor(torch.Tensor):
                 f"a residual of shape {tuple(resid.shape)} cannot come from positions of shape "
                 f"{tuple(origin.where_LX3.shape[:-1])}"
             )
-        wrapped = resid.as_subclass(ResidualTensor)
+        with torch._C.DisableTorchFunctionSubclass():
+            wrapped = resid.as_subclass(ResidualTensor)
         wrapped._origin = origin
         return wrapped
 
@@ -107,12 +108,11 @@ class ResidualTensor(torch.Tensor):
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         plain = self.as_ordinary()[index]
-        origin = getattr(self, "_origin", None)
+        origin = self._known()
         leading = _leading_index(index, self.ndim)
         if origin is None or leading is None:
             return plain
-        kept = origin.at(leading)
-        return ResidualTensor.wrap(plain, kept)
+        return ResidualTensor.wrap(plain, origin.at(leading))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[i] for i in range(len(self)))
@@ -124,20 +124,29 @@ class ResidualTensor(torch.Tensor):
         return self.as_ordinary().__deepcopy__(memo)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"ResidualTensor({self.as_ordinary()!r}, hook_name={self.hook_name!r})"
+        origin = self._known()
+        hook_name = None if origin is None else origin.hook_name
+        return f"ResidualTensor({self.as_ordinary()!r}, hook_name={hook_name!r})"
 
     def as_ordinary(self) -> torch.Tensor:
         """The same memory as a plain `torch.Tensor`."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(torch.Tensor)
 
+    def _known(self) -> Origin | None:
+        """Where the vectors came from; None after `t_()` and the like, which move them about."""
+        origin: Origin | None = getattr(self, "_origin", None)
+        if origin is None or origin.where_LX3.shape[:-1] != self.shape[:-1]:
+            return None
+        return origin
+
     @property
     def origin(self) -> Origin:
         """Where the vectors came from."""
-        found = getattr(self, "_origin", None)
-        if found is None:
-            raise NLAError("this ResidualTensor was not made by ResidualTensor.wrap")
-        return found
+        origin = self._known()
+        if origin is None:
+            raise NLAError("where these vectors came from is not known (any more)")
+        return origin
 
     @property
     def hook_name(self) -> str | None:
@@ -174,10 +183,11 @@ def _is_in_place(func: Any) -> bool:
 def _leading_index(index: Any, ndim: int) -> tuple[Any, ...] | None:
     """The part of an index that concerns the leading axes; None if it reaches into d_model."""
     parts = list(index) if isinstance(index, tuple) else [index]
-    parts = [torch.as_tensor(part) if isinstance(part, list) else part for part in parts]
-    if any(isinstance(part, bool) for part in parts):
+    try:
+        used = sum(_axes_used(part) for part in parts)
+    except (TypeError, ValueError, RuntimeError):
+        # torch takes sequences as indices that are no arrays.
         return None
-    used = sum(_axes_used(part) for part in parts)
     dots = [i for i, part in enumerate(parts) if part is Ellipsis]
     if dots:
         parts[dots[0] : dots[0] + 1] = [slice(None)] * (ndim - used)
@@ -190,7 +200,11 @@ def _leading_index(index: Any, ndim: int) -> tuple[Any, ...] | None:
 
 
 def _axes_used(part: Any) -> int:
+    """How many axes of a tensor one part of an index is for."""
     if part is None or part is Ellipsis:
         return 0
-    is_mask = getattr(part, "dtype", None) in (torch.bool, "bool")
-    return int(part.ndim) if is_mask else 1
+    if isinstance(part, (int, slice)) and not isinstance(part, bool):
+        return 1
+    array = torch.as_tensor(part)
+    # uint8 is torch's old kind of mask.
+    return array.ndim if array.dtype in (torch.bool, torch.uint8) else 1

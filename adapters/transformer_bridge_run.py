@@ -1,0 +1,120 @@
+"""Rows, positions and tokens of what one `run_with_cache` of TransformerLens recorded.
+
+Positions count from each row's first real token, whatever the padding side, a key-value cache, a
+`pos_slice` or a `start_at_layer`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla_lens.extraction import token_text
+from nla_lens.residual import locate
+
+
+class Run:
+    """One run's rows, positions and tokens.
+
+    Attributes:
+        to_token: Text of a token id, where there is a tokenizer.
+    """
+
+    def __init__(self, model: Any, said: Mapping[str, Any]) -> None:
+        """Args:
+        model: The model.
+        said: The arguments of `run_with_cache` by name.
+        """
+        self._model, self._said = model, said
+        self._seen: list[Tensor] = []
+        # Before the run: it grows during it.
+        self._past_BP = _past_mask(said)
+        self.to_token = None if model.tokenizer is None else token_text(model.tokenizer)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Notes token ids as they reach the embedding: after BOS, padding and truncation."""
+
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            found = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+            if found is not None and not found.is_floating_point():
+                self._seen.append(found)
+
+        handle = self._model.embed.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def where(self) -> Tensor | None:
+        """`[*leading, 3]` of what was cached; None where nothing is known."""
+        ids_BT = self._ids()
+        if ids_BT is None or ids_BT.ndim != 2:
+            return None
+        where_LX3 = _sliced(locate(ids_BT, self._mask(ids_BT)), self._said.get("pos_slice"))
+        return where_LX3[0] if self._said.get("remove_batch_dim") else where_LX3
+
+    def _ids(self) -> Tensor | None:
+        """Token ids `[B, T]`, -1 for each where a residual stream or embeddings came in instead."""
+        given = self._said.get("input")
+        if self._said.get("start_at_layer") is None and self._seen:
+            return self._seen[0]
+        if not isinstance(given, Tensor) or given.ndim != 3:
+            return None
+        named = self._said.get("tokens")
+        return torch.full(given.shape[:2], -1, device=given.device) if named is None else named
+
+    def _mask(self, ids_BT: Tensor) -> Tensor | None:
+        """Which tokens are real, `[B, P + T]` with what the key-value cache held before."""
+        mask_BT = self._said.get("attention_mask")
+        if mask_BT is None or mask_BT.ndim != 2:
+            mask_BT = self._padding_mask(ids_BT)
+        past_BP = self._past_BP
+        if past_BP is None or (mask_BT is not None and mask_BT.shape[1] > ids_BT.shape[1]):
+            return mask_BT
+        if mask_BT is None:
+            mask_BT = torch.ones_like(ids_BT)
+        return torch.cat([past_BP.expand(len(ids_BT), -1).to(mask_BT), mask_BT], dim=1)
+
+    def _padding_mask(self, ids_BT: Tensor) -> Tensor | None:
+        """Pad tokens at the padded end of each row, as TransformerLens masks them."""
+        tokenizer = self._model.tokenizer
+        pad_id = getattr(tokenizer, "pad_token_id", None)
+        # In a row by itself a token that has another use, too, is taken to be in that use.
+        if pad_id is None or (
+            len(ids_BT) == 1 and pad_id in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        ):
+            return None
+        side, bos = self._said.get("padding_side"), self._said.get("prepend_bos")
+        pads_BT = (ids_BT == pad_id).long()
+        if (side if side in ("left", "right") else tokenizer.padding_side) == "right":
+            return 1 - pads_BT.flip(-1).cumprod(-1).flip(-1)
+        padding_BT = pads_BT.cumprod(-1)
+        has_bos = bos if isinstance(bos, bool) else self._model.cfg.default_prepend_bos
+        if has_bos and pad_id == tokenizer.bos_token_id:
+            # The last of them is the BOS.
+            padding_BT = nn.functional.pad(padding_BT[:, 1:], (0, 1))
+        return 1 - padding_BT
+
+
+def _past_mask(said: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens a key-value cache holds, `[B or 1, P]`."""
+    past = said.get("past_kv_cache")
+    if past is not None:
+        previous_BP: Tensor = past.previous_attention_mask
+        return previous_BP
+    past = said.get("past_key_values")
+    return None if past is None else torch.ones(1, past.get_seq_length())
+
+
+def _sliced(where_BT3: Tensor, pos_slice: Any) -> Tensor:
+    """Applies run_with_cache's `pos_slice`: an int, a tuple like a slice's arguments, indices."""
+    # TransformerLens' own Slice holds what it was made from.
+    index = getattr(pos_slice, "slice", pos_slice)
+    if index is None:
+        return where_BT3
+    return where_BT3[:, slice(*index) if isinstance(index, tuple) else index]
