@@ -79,7 +79,10 @@ class Placement:
     trust_remote_code: bool = False
 
 
-_ENGINES: Final = {"transformers": "nla_lens.engines.transformers"}
+_ENGINES: Final = {
+    "transformers": "nla_lens.engines.transformers",
+    "transformer_lens": "nla_lens.engines.transformer_lens",
+}
 
 
 def _module(engine: str) -> Any:

@@ -1,10 +1,4 @@
-"""The default engine: both halves in this process, injected by torch forward hooks.
-
-Own decode loop instead of `generate`: a checkpoint's generation_config (repetition penalty,
-do_sample) leaks into `generate` even where it is told to be greedy, sampled rows there depend on
-what else is in the batch, and Gemma 3's wrapper refuses embeddings. All rows share one prompt, so
-nothing is ever padded.
-"""
+"""The default engine: both halves in this process, injected by torch forward hooks."""
 
 from __future__ import annotations
 
@@ -19,10 +13,10 @@ from nla_lens.anatomy import input_device, text_model
 from nla_lens.batching import choose_batch_size, length_batches
 from nla_lens.checkpoint import Checkpoint
 from nla_lens.engines import Job, Placement
+from nla_lens.engines.decoding import decode
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_backbone, load_causal_lm
 from nla_lens.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace
-from nla_lens.sampling import Sampler
 from nla_lens.spec import NLASpec
 
 
@@ -37,9 +31,14 @@ def load_reconstructor(
     checkpoint: Checkpoint, spec: NLASpec, placement: Placement
 ) -> TransformersReconstructor:
     """The truncated backbone of an AR directory; an adapter's base is cut after block K."""
-    n_blocks = spec.place.n_blocks if checkpoint.is_adapter and spec.place else None
+    n_blocks = adapter_blocks(checkpoint, spec)
     model = load_backbone(checkpoint.path, n_blocks=n_blocks, **vars(placement))
     return TransformersReconstructor(model)
+
+
+def adapter_blocks(checkpoint: Checkpoint, spec: NLASpec) -> int | None:
+    """Blocks to keep of an AR adapter's base; None for an AR that comes truncated."""
+    return spec.place.n_blocks if checkpoint.is_adapter and spec.place else None
 
 
 class TransformersVerbalizer:
@@ -66,43 +65,18 @@ class TransformersVerbalizer:
 
     def generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
         """Yields (row, ids) batch by batch."""
-        n = len(job.injected_ND)
-        size = job.batch_size or choose_batch_size(
-            self.model, len(job.prompt_ids) + job.max_new_tokens
-        )
-        for start in range(0, n, size):
-            yield from self._generate_batch(job, range(start, min(start + size, n)))
+        n_tokens = len(job.prompt_ids) + job.max_new_tokens
+        return decode(self, job, job.batch_size or choose_batch_size(self.model, n_tokens))
 
-    @torch.inference_mode()
-    def _generate_batch(self, job: Job, rows: range) -> list[tuple[int, list[int]]]:
-        sampler = Sampler(job.temperature, [job.seeds[row] for row in rows] if job.seeds else None)
-        generated: list[list[int]] = [[] for _ in rows]
-        alive = list(range(len(rows)))
-        logits_BV, cache = self._prefill(job, rows)
-        while True:
-            next_ids = sampler.pick(logits_BV, alive)
-            for i, token in zip(alive, next_ids, strict=True):
-                generated[i].append(token)
-            keep = [k for k, i in enumerate(alive) if not self._is_over(generated[i], job)]
-            if not keep:
-                return list(zip(rows, generated, strict=True))
-            if len(keep) < len(alive):
-                cache.batch_select_indices(torch.tensor(keep, device=logits_BV.device))
-                alive = [alive[k] for k in keep]
-            step = torch.tensor([generated[i][-1:] for i in alive], device=logits_BV.device)
-            logits_BV, cache = self._step(step, cache)
+    def prefill(self, ids: Sequence[int], injected_BD: Tensor, marker: int) -> tuple[Tensor, Any]:
+        """See `Forward`."""
+        ids_BT = torch.tensor([list(ids)] * len(injected_BD), device=input_device(self.model))
+        with self._injected(injected_BD, marker):
+            return self.step(ids_BT, None)
 
-    def _is_over(self, ids: Sequence[int], job: Job) -> bool:
-        return ids[-1] in self.eos_ids or len(ids) >= job.max_new_tokens or job.is_finished(ids)
-
-    def _prefill(self, job: Job, rows: range) -> tuple[Tensor, Any]:
-        ids_BT = torch.tensor([list(job.prompt_ids)] * len(rows), device=input_device(self.model))
-        vectors_BD = job.injected_ND[rows.start : rows.stop]
-        with self._injected(vectors_BD, job.marker):
-            return self._step(ids_BT, None)
-
-    def _step(self, ids_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        out = self.model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def step(self, ids_B1: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """See `Forward`."""
+        out = self.model(input_ids=ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].float(), out.past_key_values
 
     @contextlib.contextmanager

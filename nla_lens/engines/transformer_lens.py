@@ -1,0 +1,176 @@
+"""Both halves as TransformerBridge models; the injection is a function on a HookPoint.
+
+`replace` acts on `embed.hook_out` (alias `hook_embed`), `norm_matched_add` on
+`blocks.1.hook_resid_post`. For those who want their own hooks on the verbalizer while it reads:
+`nla.verbalizer.engine.bridge` is a TransformerBridge like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from nla_lens.anatomy import text_model
+from nla_lens.batching import choose_batch_size, length_batches
+from nla_lens.checkpoint import Checkpoint
+from nla_lens.engines import Job, Placement
+from nla_lens.engines.decoding import decode
+from nla_lens.engines.transformers import adapter_blocks, find_eos_ids
+from nla_lens.errors import NLAError
+from nla_lens.hf import load_backbone, load_causal_lm
+from nla_lens.hook_point import ResidPost
+from nla_lens.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace
+from nla_lens.spec import NLASpec
+
+_INJECTION: Final = {
+    "replace": ("hook_embed", replace),
+    "norm_matched_add": (NORM_MATCHED_ADD_AT.name, norm_matched_add),
+}
+
+
+def load_verbalizer(
+    checkpoint: Checkpoint, spec: NLASpec, placement: Placement
+) -> TransformerLensVerbalizer:
+    """The AV of a checkpoint directory as a bridge."""
+    model = load_causal_lm(checkpoint.path, **vars(placement))
+    eos_ids = find_eos_ids(model)
+    text_lm = as_text_lm(text_model(model), model.get_output_embeddings())
+    return TransformerLensVerbalizer(to_bridge(text_lm, checkpoint), spec, eos_ids)
+
+
+def load_reconstructor(
+    checkpoint: Checkpoint, spec: NLASpec, placement: Placement
+) -> TransformerLensReconstructor:
+    """The truncated backbone of an AR directory as a bridge."""
+    n_blocks = adapter_blocks(checkpoint, spec)
+    stack = text_model(load_backbone(checkpoint.path, n_blocks=n_blocks, **vars(placement)))
+    return TransformerLensReconstructor(to_bridge(as_text_lm(stack), checkpoint))
+
+
+class TransformerLensVerbalizer:
+    """An AV as a TransformerBridge.
+
+    Attributes:
+        bridge: The bridge.
+        eos_ids: See `VerbalizerEngine`.
+    """
+
+    def __init__(self, bridge: Any, spec: NLASpec, eos_ids: frozenset[int]) -> None:
+        """Raises:
+        NLAError: The model has no block 1 for `norm_matched_add`.
+        """
+        self.bridge, self.eos_ids = bridge, eos_ids
+        self._hook_name, self._inject = _INJECTION[spec.injection]
+        if self._hook_name not in bridge.hook_dict:
+            raise NLAError(
+                f"{spec.injection} acts at {self._hook_name}; the model has no such hook"
+            )
+
+    @torch.inference_mode()
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """What enters block 0, `[T, d]` float32."""
+        ids_1T = torch.tensor([list(ids)], device=self.bridge.cfg.device)
+        embedded: Tensor = self.bridge.original_model.get_input_embeddings()(ids_1T)[0]
+        return embedded.float().cpu()
+
+    def generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
+        """Yields (row, ids) batch by batch."""
+        n_tokens = len(job.prompt_ids) + job.max_new_tokens
+        size = job.batch_size or choose_batch_size(self.bridge.original_model, n_tokens)
+        return decode(self, job, size)
+
+    def prefill(self, ids: Sequence[int], injected_BD: Tensor, marker: int) -> tuple[Tensor, Any]:
+        """See `decoding.Forward`."""
+
+        def hook(resid_BTD: Tensor, hook: Any) -> Tensor:
+            return self._inject(resid_BTD, injected_BD, marker)
+
+        ids_BT = torch.tensor([list(ids)] * len(injected_BD), device=self.bridge.cfg.device)
+        with self.bridge.hooks(fwd_hooks=[(self._hook_name, hook)]):
+            return self.step(ids_BT, None)
+
+    def step(self, ids_B1: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """See `decoding.Forward`."""
+        logits_BTV, cache = self.bridge(
+            ids_B1, return_type="logits_and_cache", past_key_values=cache, use_cache=True
+        )
+        return logits_BTV[:, -1].float(), cache
+
+
+class TransformerLensReconstructor:
+    """An AR's backbone as a TransformerBridge, read at its last block's `hook_resid_post`.
+
+    Attributes:
+        bridge: The bridge.
+    """
+
+    def __init__(self, bridge: Any) -> None:
+        self.bridge = bridge
+        self._last = ResidPost(bridge.cfg.n_layers - 1).name
+
+    @torch.inference_mode()
+    def last_resid(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """`[n, d]` float32; only prompts of equal length share a batch, so nothing is padded."""
+        out_ND = torch.empty(len(prompts), self.bridge.cfg.d_model)
+        for rows in length_batches([len(p) for p in prompts], torch.device("cpu")):
+            ids_BT = torch.tensor([list(prompts[r]) for r in rows], device=self.bridge.cfg.device)
+            _, cache = self.bridge.run_with_cache(
+                ids_BT, return_type=None, return_cache_object=False, names_filter=self._last
+            )
+            out_ND[rows] = cache[self._last][:, -1].float().cpu()
+        return out_ND
+
+
+def as_text_lm(stack: Any, lm_head: nn.Module | None = None) -> Any:
+    """A causal LM around a stack of blocks, sharing its weights.
+
+    A multimodal wrapper must not reach TransformerBridge: booting one makes TransformerLens 4.3
+    install torchvision, and with it another torch.
+
+    Args:
+        stack: The text model inside (`text_model`), with or without its final norm.
+        lm_head: The model's own; None ties it to the embedding, for a stack read by hooks alone.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(stack.config, dtype=stack.dtype)
+    if isinstance(stack.norm, nn.Identity):
+        # A bridge wants the norm to be there; nothing is read after it.
+        stack.norm = whole.model.norm.to_empty(device=stack.device)
+        nn.init.ones_(stack.norm.weight)
+    # A wrapper's nested text config names no class, and TransformerBridge goes by the name.
+    whole.config.architectures = [type(whole).__name__]
+    whole.model = stack
+    if lm_head is None:
+        whole.lm_head.weight = stack.get_input_embeddings().weight
+    else:
+        whole.lm_head = lm_head
+    return whole.eval().requires_grad_(False)
+
+
+def to_bridge(text_lm: Any, checkpoint: Checkpoint) -> Any:
+    """Boots a loaded text model.
+
+    Raises:
+        NLAError: transformer_lens is not installed, or has no TransformerBridge.
+    """
+    from nla_lens.hf import load_tokenizer
+
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError as error:
+        raise NLAError(
+            "engine='transformer_lens' needs TransformerLens 3.9 or later (TransformerBridge): "
+            "pip install 'transformer-lens>=3.9'"
+        ) from error
+    return TransformerBridge.boot_transformers(
+        str(checkpoint.path),
+        hf_model=text_lm,
+        tokenizer=load_tokenizer(checkpoint.path),
+        dtype=text_lm.dtype,
+        device=text_lm.device,
+    )
