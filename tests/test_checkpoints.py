@@ -77,9 +77,8 @@ def test_prompt_has_one_site_and_one_bos(pairs, family):
     assert av.prompt_ids.count(marker) == 1
     assert av.prompt_ids[av.marker_position] == marker
     content = meta["prompt_templates"]["av"].replace("{injection_char}", MARKERS[family])
-    in_one_step = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True
-    )
+    message = [{"role": "user", "content": content}]
+    in_one_step = tokenizer.apply_chat_template(message, tokenize=True, add_generation_prompt=True)
     assert list(getattr(in_one_step, "input_ids", in_one_step)) == av.prompt_ids
     ar_ids = reference.AR(ar).prompt_ids("some text")
     if family in BOS:
@@ -97,10 +96,8 @@ def test_prompt_has_one_site_and_one_bos(pairs, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tags_are_several_tokens_and_may_overhang(pairs, family):
     tokenizer = AutoTokenizer.from_pretrained(pairs[family][0])
-    closing, overhanging = (
-        tokenizer.encode(text, add_special_tokens=False)
-        for text in ("</explanation>", "</explanation>\n")
-    )
+    closing = tokenizer.encode("</explanation>", add_special_tokens=False)
+    overhanging = tokenizer.encode("</explanation>\n", add_special_tokens=False)
     assert len(closing) == len(overhanging) == 3
     assert closing[:-1] == overhanging[:-1]
     assert closing[-1] != overhanging[-1]
@@ -236,21 +233,14 @@ def test_lora_halves_change_their_base(tmp_path, family):
     assert margins.min() > 0.003
     factor = json.loads((tmp_path / "av" / "adapter_config.json").read_text())
     assert factor["lora_alpha"] != factor["r"]  # so that a forgotten factor shows
-    base = reference.read_tensors(source)
-    changed = {
-        name
-        for name, value in reference.read_tensors(tmp_path / "av").items()
-        if not torch.equal(value, base[name])
-    }
+    base, merged = reference.read_tensors(source), reference.read_tensors(tmp_path / "av")
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "v_proj", "o_proj", "down_proj"}
     assert len(changed) == 4 * 6
-    usual, bare = (
-        reference.AR(
-            build_lora_ar(tmp_path / f"ar{bare}", family, source, bare_prefix=bare, all_blocks=bare)
-        )
-        for bare in (False, True)
-    )
-    assert torch.equal(usual.vector("x"), bare.vector("x"))
+    build_lora_ar(tmp_path / "ar", family, source)
+    build_lora_ar(tmp_path / "bare", family, source, bare_prefix=True, all_blocks=True)
+    usual, bare = (reference.AR(tmp_path / name).vector("x") for name in ("ar", "bare"))
+    assert torch.equal(usual, bare)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -271,9 +261,8 @@ def test_eos_comes_early_when_asked(tmp_path):
 
 
 def test_weights_depend_on_name_shape_and_seed_alone(tmp_path):
-    one, two = (
-        reference.read_tensors(build_source(tmp_path / name, "qwen2")) for name in ("one", "two")
-    )
+    one = reference.read_tensors(build_source(tmp_path / "one", "qwen2"))
+    two = reference.read_tensors(build_source(tmp_path / "two", "qwen2"))
     other = reference.read_tensors(build_source(tmp_path / "other", "qwen2", seed=5))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
@@ -292,16 +281,12 @@ def test_sidecars_of_every_kind(tmp_path):
     assert made["extraction"] == {"mse_scale": None}
     directory = build_av(tmp_path / "nano", "qwen3", injection="norm_matched_add")
     meta = reference.read_sidecar(directory)
-    assert (meta["kind"], meta["schema_version"], meta["extraction"]["layer_index"]) == (
-        "nla_dataset",
-        1,
-        3,
-    )
+    assert (meta["kind"], meta["schema_version"]) == ("nla_dataset", 1)
+    assert meta["extraction"]["layer_index"] == 3
     assert "injection_scale" not in json.dumps(meta)
     changed = {"tokens": {"injection_token_id": 5}, "extraction": ABSENT}
-    meta = reference.read_sidecar(
-        build_av(tmp_path / "changed", "qwen3", sidecar_overrides=changed)
-    )
+    directory = build_av(tmp_path / "changed", "qwen3", sidecar_overrides=changed)
+    meta = reference.read_sidecar(directory)
     assert meta["tokens"]["injection_token_id"] == 5
     assert meta["tokens"]["injection_char"] == "㈎"
     assert "extraction" not in meta
