@@ -104,6 +104,24 @@ def find_pair(name: str) -> tuple[str | Path, str | Path | None]:
     return f"{name}-av", f"{name}-ar"
 
 
+def name_halves(
+    name: str | Path | None, av: str | Path | None, ar: str | Path | None
+) -> tuple[str | Path, str | Path | None]:
+    """The two halves a caller means.
+
+    Raises:
+        NLAError: No verbalizer is named, or two are.
+    """
+    if name is not None and av is not None:
+        raise NLAError(f"two verbalizers are named: {str(name)!r} and av={str(av)!r}")
+    if av is not None:
+        return av, ar
+    if name is None:
+        raise NLAError('name a pair, as in from_pretrained("tiny"), or a verbalizer with av=')
+    found_av, found_ar = find_pair(str(name))
+    return found_av, ar if ar is not None else found_ar
+
+
 def open_checkpoint(
     name: str | Path, *, revision: str | None = None, weights: bool = True
 ) -> Checkpoint:

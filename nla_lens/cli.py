@@ -119,7 +119,7 @@ _EXPLAIN_OPTIONS = ("max_new_tokens", "temperature", "num_samples", "seed", "bat
 def info(checkpoint: str, as_json: bool, **options: Any) -> None:
     """Say what CHECKPOINT is, and where each value comes from; loads no weights."""
     from nla_lens.display import spec_table
-    from nla_lens.loading import read_spec
+    from nla_lens.spec import read_spec
 
     spec = read_spec(checkpoint, **options)
     if as_json:

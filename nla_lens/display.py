@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-import jinja2
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from nla_lens.explanation import Explanation
-
 if TYPE_CHECKING:
+    import jinja2
+
+    from nla_lens.explanation import Explanation
     from nla_lens.spec import NLASpec
 
 GOOD_FVE, FAIR_FVE = 0.75, 0.5
@@ -91,6 +91,8 @@ def to_html(explanations: Sequence[Explanation], *, whole_page: bool) -> str:
 
 @cache
 def _template() -> jinja2.Template:
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nla_lens"),
         autoescape=True,

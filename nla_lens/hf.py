@@ -52,7 +52,8 @@ def load_causal_lm(
 
     placing = (dtype, device, device_map, trust_remote_code)
     base = adapter_base(path)
-    model = _load(AutoModelForCausalLM, base or path, {}, *placing, may_miss=())
+    options = {"config": _load_config(base or path, trust_remote_code)}
+    model = _load(AutoModelForCausalLM, base or path, options, *placing, may_miss=())
     return model if base is None else _frozen(merge_adapter(model, path))
 
 
@@ -78,11 +79,10 @@ def load_backbone(
     Raises:
         NLAError: Too few blocks, or weights of a block are missing.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     base = adapter_base(path)
-    with _clear_errors(base or path, "config.json"):
-        config = AutoConfig.from_pretrained(base or str(path), trust_remote_code=trust_remote_code)
+    config = _load_config(base or path, trust_remote_code)
     if n_blocks is not None:
         truncate(config, n_blocks, path)
     placing = (dtype, device, device_map, trust_remote_code)
@@ -95,6 +95,29 @@ def load_backbone(
         model = text_model(_frozen(merge_adapter(whole, path)))
     remove_final_norm(model)
     return model
+
+
+def _load_config(path: str | Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig, __version__
+
+    with _clear_errors(path, "config.json"):
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        if int(__version__.split(".")[0]) < 5:
+            _read_rope_parameters(getattr(config, "text_config", None) or config)
+    return config
+
+
+def _read_rope_parameters(config: Any) -> None:
+    """transformers 4 does not read what 5 saves, and silently falls back to a theta of 10000."""
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        return
+    whole = rope.get("full_attention", rope)
+    config.rope_theta = whole["rope_theta"]
+    scaling = {key: value for key, value in whole.items() if key != "rope_theta"}
+    config.rope_scaling = None if scaling.get("rope_type") in (None, "default") else scaling
+    if "sliding_attention" in rope:
+        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
 
 
 def _renaming(config: Any) -> dict[str, Any]:

@@ -13,15 +13,12 @@ Norms are taken in float32 whatever the model's dtype: in bf16 a norm is off by 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 import torch
 
 from nla_lens.errors import NLAError
 from nla_lens.hook_point import ResidPost
-
-Rule: TypeAlias = Literal["replace", "norm_matched_add"]
-RULES: Final[tuple[Rule, ...]] = ("replace", "norm_matched_add")
 
 NORM_MATCHED_ADD_AT: Final = ResidPost(1)
 """Where `norm_matched_add` acts (nanoNLA)."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nla_lens.checkpoint import find_pair, open_checkpoint
+from nla_lens.checkpoint import open_checkpoint
 from nla_lens.engines import Placement, load_reconstructor_engine, load_verbalizer_engine
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_tokenizer
 from nla_lens.reconstructor import Reconstructor, check_prompt, load_head
-from nla_lens.spec import NLASpec, build_spec
+from nla_lens.spec import build_spec
 from nla_lens.verbalizer import Verbalizer, canonical_prompt
 
 
@@ -27,45 +27,6 @@ class Request:
     injection_scale: float | None = None
     layer: int | None = None
     engine: str = "transformers"
-
-
-def name_halves(
-    name: str | Path | None, av: str | Path | None, ar: str | Path | None
-) -> tuple[str | Path, str | Path | None]:
-    """The two halves a caller means.
-
-    Raises:
-        NLAError: No verbalizer is named, or two are.
-    """
-    if name is not None and av is not None:
-        raise NLAError(f"two verbalizers are named: {str(name)!r} and av={str(av)!r}")
-    if av is not None:
-        return av, ar
-    if name is None:
-        raise NLAError('name a pair, as in from_pretrained("tiny"), or a verbalizer with av=')
-    found_av, found_ar = find_pair(str(name))
-    return found_av, ar if ar is not None else found_ar
-
-
-def read_spec(
-    name: str | Path | None = None,
-    *,
-    av: str | Path | None = None,
-    ar: str | Path | None = None,
-    revision: str | None = None,
-    injection: str | None = None,
-) -> NLASpec:
-    """What a checkpoint says of itself, without its weights.
-
-    Raises:
-        NLAError: As `load_halves`, as far as the small files tell.
-    """
-    found_av, found_ar = name_halves(name, av, ar)
-    return build_spec(
-        open_checkpoint(found_av, revision=revision, weights=False),
-        None if found_ar is None else open_checkpoint(found_ar, revision=revision, weights=False),
-        injection=injection,
-    )
 
 
 def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:

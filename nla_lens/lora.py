@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 from typing import Any, Final
 
-from nla_lens.anatomy import text_model
 from nla_lens.errors import NLAError
 
 CONFIG_NAME: Final = "adapter_config.json"
@@ -79,6 +78,9 @@ def _check_fit(adapted: Any, path: str | Path) -> None:
     """
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
+
+    # Here, so that naming a checkpoint's files does not load torch.
+    from nla_lens.anatomy import text_model
 
     with safe_open(Path(path) / WEIGHTS_NAME, framework="pt") as file:
         given = set(file.keys())

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from nla_lens import metrics
+from nla_lens.checkpoint import name_halves
 from nla_lens.engines import Placement
 from nla_lens.errors import NLAError
 from nla_lens.explaining import Options, explain_batch
 from nla_lens.explanation import Explanation, Explanations
 from nla_lens.extraction import Positions, Text, open_source, read_text
-from nla_lens.loading import Request, load_halves, name_halves, torch_dtype
+from nla_lens.loading import Request, load_halves, torch_dtype
 from nla_lens.progress import with_progress
 from nla_lens.reconstructor import Reconstructor
 from nla_lens.spec import NLASpec

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nla_lens.injection import Rule
+from nla_lens.rules import Rule
 
 TINY_DIR: Final = Path(__file__).parent / "tiny"
 TINY_SOURCE_NAME: Final = "nla_lens/tiny"

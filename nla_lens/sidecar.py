@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import yaml
 
 from nla_lens.errors import NLAError
-from nla_lens.injection import RULES, Rule
+from nla_lens.rules import RULES, Rule
 
 SIDECAR_NAME: Final = "nla_meta.yaml"
 _MAX_BYTES: Final = 1_000_000

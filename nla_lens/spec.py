@@ -10,13 +10,14 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from nla_lens.checkpoint import Checkpoint
+from nla_lens.checkpoint import Checkpoint, name_halves, open_checkpoint
 from nla_lens.errors import NLAError, NLAWarning
 from nla_lens.hook_point import ResidPost
-from nla_lens.injection import RULES, Rule
 from nla_lens.releases import TINY_DIR, TINY_SOURCE_NAME, KnownRelease, find_release
+from nla_lens.rules import RULES, Rule
 from nla_lens.sidecar import Sidecar
 
 DEFAULT_MIN_POSITION = 10
@@ -143,6 +144,27 @@ def build_spec(
     settle("min_position", ("sidecar", side.min_position), ("default", DEFAULT_MIN_POSITION))
     _settle_tokens(side, ar_side, settle)
     return NLASpec(**values, origins=origins)
+
+
+def read_spec(
+    name: str | Path | None = None,
+    *,
+    av: str | Path | None = None,
+    ar: str | Path | None = None,
+    revision: str | None = None,
+    injection: str | None = None,
+) -> NLASpec:
+    """What a checkpoint says of itself, without its weights.
+
+    Raises:
+        NLAError: Not an NLA, incomplete or contradictory, as far as the small files tell.
+    """
+    found_av, found_ar = name_halves(name, av, ar)
+    return build_spec(
+        open_checkpoint(found_av, revision=revision, weights=False),
+        None if found_ar is None else open_checkpoint(found_ar, revision=revision, weights=False),
+        injection=injection,
+    )
 
 
 def _settle_tokens(side: Sidecar, ar_side: Sidecar | None, settle: Any) -> None:

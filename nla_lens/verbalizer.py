@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +14,7 @@ from nla_lens.engines import Job, VerbalizerEngine
 from nla_lens.errors import NLAError
 from nla_lens.injection import fill, find_marker, replace, rescale
 from nla_lens.spec import NLASpec
+from nla_lens.vectors import VectorsLike, check_vectors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 INJECT: Final = "<INJECT>"
 """Stands in a custom prompt where the vector goes."""
 _OPEN, _CLOSE = "<explanation>", "</explanation>"
-_COMPLETE: Final = re.compile(r"<explanation>(.*?)</explanation>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -86,24 +85,24 @@ class Verbalizer:
         """Index in `prompt_ids` where vectors are injected."""
         return self._prompt.marker
 
-    def prompt_embeds(self, vectors: Tensor) -> Tensor:
+    def prompt_embeds(self, vectors: VectorsLike) -> Tensor:
         """The prompt with vectors injected, as it enters block 0.
 
         Args:
-            vectors: `[n, d]` or `[d]`.
+            vectors: As in `NLA.explain`, n in all.
 
         Returns:
             `[n, T, d]` float32 on the CPU.
 
         Raises:
-            NLAError: The injection rule does not act on embeddings.
+            NLAError: The injection rule does not act on embeddings, or a vector cannot be injected.
         """
         if self.spec.injection != "replace":
             raise NLAError(
                 f"the rule {self.spec.injection} acts at the output of block 1; "
                 "no prompt embeddings stand for it"
             )
-        vec_ND = torch.atleast_2d(torch.as_tensor(vectors)).to("cpu", torch.float32)
+        vec_ND = check_vectors(vectors, self.spec.d_model).vectors_ND
         embed_TD = self.engine.embed(self._prompt.ids)
         embed_NTD = embed_TD.expand(len(vec_ND), -1, -1)
         return replace(embed_NTD, self._to_inject(vec_ND), self._prompt.marker)
@@ -168,18 +167,22 @@ class Verbalizer:
         """Tokenizes another user turn.
 
         Raises:
-            NLAError: `<INJECT>` is not there exactly once, or the marker has no single site.
+            NLAError: `<INJECT>` is not there exactly once, or the marker stands there besides.
         """
+        if not isinstance(prompt, str):
+            raise NLAError(f"prompt= must be text with {INJECT} in it, found {prompt!r:.80}")
         if prompt.count(INJECT) != 1:
             raise NLAError(
                 f"prompt= must contain {INJECT} exactly once (where the vector goes), found "
                 f"{prompt.count(INJECT)}"
             )
+        if self.spec.injection_char in prompt:
+            raise NLAError(
+                f"prompt= holds the injection character {self.spec.injection_char!r} itself, which "
+                f"stands for the vector; say only {INJECT}"
+            )
         ids = render_chat(self.tokenizer, prompt.replace(INJECT, self.spec.injection_char))
-        markers = ids.count(self.spec.injection_token_id)
-        # A lone marker needs no neighbours to be recognised; among several they decide.
-        sides = () if markers == 1 else _neighbours(self.spec)
-        return Prompt(tuple(ids), find_marker(ids, self.spec.injection_token_id, *sides))
+        return Prompt(tuple(ids), find_marker(ids, self.spec.injection_token_id))
 
     def is_closed(self, ids: Sequence[int]) -> bool:
         """Whether ids end with, or overhang, the closing tag."""
@@ -202,12 +205,11 @@ class Verbalizer:
         """Reads an answer out of generated ids."""
         written = ids[:-1] if ids and ids[-1] in self.engine.eos_ids else ids
         raw_text = self._decode(written)
-        match = _COMPLETE.search(raw_text)
-        if match:
-            return Answer(tuple(ids), raw_text, match[1].strip(), complete=True)
-        # Cut off inside: what was said so far, without the tag that was opened.
-        text = raw_text.strip().removeprefix(_OPEN).strip()
-        return Answer(tuple(ids), raw_text, text, complete=False)
+        # Cut off inside, or never opened: what was said, without the one tag that is there.
+        said, close, _ = raw_text.partition(_CLOSE)
+        before, opened, inside = said.partition(_OPEN)
+        text = inside if opened else before
+        return Answer(tuple(ids), raw_text, text.strip(), complete=bool(close))
 
 
 def canonical_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -225,11 +227,8 @@ def canonical_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> Promp
         )
     content = fill(spec.av_template, "{injection_char}", spec.injection_char)
     ids = render_chat(tokenizer, content)
-    return Prompt(tuple(ids), find_marker(ids, spec.injection_token_id, *_neighbours(spec)))
-
-
-def _neighbours(spec: NLASpec) -> tuple[int | None, int | None]:
-    return spec.injection_left_neighbor_id, spec.injection_right_neighbor_id
+    sides = (spec.injection_left_neighbor_id, spec.injection_right_neighbor_id)
+    return Prompt(tuple(ids), find_marker(ids, spec.injection_token_id, *sides))
 
 
 def render_chat(
