@@ -1,0 +1,59 @@
+"""Checkpoints and loaded NLAs that several test files share; each is made once."""
+
+from collections.abc import Callable
+from functools import cache, cached_property
+from pathlib import Path
+
+import pytest
+
+from nla_lens import NLA
+
+from .checkpoints import build_pair, reference, vectors
+
+
+class Expected:
+    """A verbalizer as `tests/checkpoints/reference.py` computes it, its answers kept."""
+
+    N_TOKENS = 48
+
+    def __init__(self, av: reference.AV) -> None:
+        self.av = av
+        self.vectors = vectors()
+
+    @cached_property
+    def greedy(self) -> reference.Greedy:
+        """48 tokens for each of six vectors, whose norms go from 1e-3 to 1e4."""
+        return self.av.greedy(self.vectors, self.N_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def pair_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, Path]]:
+    """`pair_dirs(family, rule)` -> AV and AR directories."""
+    return cache(
+        lambda family, rule="replace": build_pair(
+            tmp_path_factory.mktemp(f"{family}-{rule}"), family, injection=rule
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def load_pair(pair_dirs: Callable[[str, str], tuple[Path, Path]]) -> Callable[[str, str], NLA]:
+    """`load_pair(family, rule)` -> the NLA; not to be changed by a test."""
+
+    def load(family: str, rule: str = "replace") -> NLA:
+        av, ar = pair_dirs(family, rule)
+        return NLA.from_pretrained(av=av, ar=ar, injection=None if rule == "replace" else rule)
+
+    return cache(load)
+
+
+@pytest.fixture(scope="session")
+def nla(load_pair: Callable[..., NLA]) -> NLA:
+    """A llama pair under the replace rule; not to be changed by a test."""
+    return load_pair("llama", "replace")
+
+
+@pytest.fixture(scope="session")
+def expected(pair_dirs: Callable[..., tuple[Path, Path]]) -> Callable[[str, str], Expected]:
+    """`expected(family, rule)`: what the checkpoint computes, by independent arithmetic."""
+    return cache(lambda family, rule: Expected(reference.AV(pair_dirs(family, rule)[0], rule)))
