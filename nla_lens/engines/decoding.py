@@ -37,25 +37,29 @@ class Forward(Protocol):
 
 
 def decode(forward: Forward, job: Job, batch_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields (row, generated ids), batch by batch."""
+    """Yields (row, generated ids), batch by batch, each row as soon as it is over."""
     for start in range(0, len(job.injected_ND), batch_size):
         rows = range(start, min(start + batch_size, len(job.injected_ND)))
         yield from _decode_batch(forward, job, rows)
 
 
 @torch.inference_mode()
-def _decode_batch(forward: Forward, job: Job, rows: range) -> list[tuple[int, list[int]]]:
+def _decode_batch(forward: Forward, job: Job, rows: range) -> Iterator[tuple[int, list[int]]]:
     sampler = Sampler(job.temperature, [job.seeds[row] for row in rows] if job.seeds else None)
     generated: list[list[int]] = [[] for _ in rows]
     alive = list(range(len(rows)))
     vectors_BD = job.injected_ND[rows.start : rows.stop]
     logits_BV, cache = forward.prefill(job.prompt_ids, vectors_BD, job.marker)
     while True:
-        for i, token in zip(alive, sampler.pick(logits_BV, alive), strict=True):
+        keep = []
+        for k, (i, token) in enumerate(zip(alive, sampler.pick(logits_BV, alive), strict=True)):
             generated[i].append(token)
-        keep = [k for k, i in enumerate(alive) if not _is_over(generated[i], job, forward)]
+            if _is_over(generated[i], job, forward):
+                yield rows[i], generated[i]
+            else:
+                keep.append(k)
         if not keep:
-            return list(zip(rows, generated, strict=True))
+            return
         if len(keep) < len(alive):
             cache.batch_select_indices(torch.tensor(keep, device=logits_BV.device))
             alive = [alive[k] for k in keep]
