@@ -112,9 +112,9 @@ def _past_mask(said: Mapping[str, Any]) -> Tensor | None:
 
 
 def _sliced(where_BT3: Tensor, pos_slice: Any) -> Tensor:
-    """Applies run_with_cache's `pos_slice`: an int, a tuple like a slice's arguments, indices."""
-    # TransformerLens' own Slice holds what it was made from.
-    index = getattr(pos_slice, "slice", pos_slice)
-    if index is None:
+    """Applies `pos_slice`: an int, which keeps the axis; a tuple, as to `slice`; or indices."""
+    if pos_slice is None:
         return where_BT3
+    # A Slice of TransformerLens holds an index as it is: there an int drops the axis.
+    index = getattr(pos_slice, "slice", [pos_slice] if isinstance(pos_slice, int) else pos_slice)
     return where_BT3[:, slice(*index) if isinstance(index, tuple) else index]

@@ -13,6 +13,7 @@ ResidPost(layer=20)
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -80,6 +81,7 @@ class ResidPost:
         return cls(block if side in ("resid_post", "out") else block - 1)
 
 
+@functools.cache
 def residual_name(name: str) -> str | None:
     """HookedTransformer's spelling of a hook point in the residual stream, None for any other.
 
