@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 
 from nla_lens import metrics
+from nla_lens.checks import is_int, is_number
 from nla_lens.errors import NLAError
 from nla_lens.explanation import Explanation
 from nla_lens.flags import find_flags
@@ -19,7 +20,8 @@ from nla_lens.reconstructor import Reconstructor
 from nla_lens.vectors import VectorBatch
 from nla_lens.verbalizer import Answer, Verbalizer
 
-_SCORED_AT_ONCE: Final = 64
+_SCORED_AT_ONCE: Final = 16
+"""Texts that wait for one another to be scored: enough to fill a batch, few enough to be soon."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,19 @@ class Options:
         """
         for name in ("max_new_tokens", "num_samples", "batch_size"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not _is_positive_int(value)):
+            if not (is_int(value) and value >= 1) and (name != "batch_size" or value is not None):
                 raise NLAError(f"{name}={value!r} must be a positive integer")
-        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < math.inf:
+        if not is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             raise NLAError(f"temperature={self.temperature!r} must be 0 (argmax) or positive")
         if self.num_samples > 1 and self.temperature == 0:
             raise NLAError(
                 f"num_samples={self.num_samples} at temperature 0 would give the same text each "
                 "time; pass temperature=1.0"
             )
-        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+        if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**63):
             raise NLAError(f"seed={self.seed!r} must be an integer from 0 to 2**63 - 1")
         if self.score and not has_reconstructor:
             raise NLAError("score=True needs a reconstructor; load one with ar=")
-
-
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and value >= 1
 
 
 def explain_batch(
@@ -77,6 +75,9 @@ def explain_batch(
     """
     scorer = None if options.score is False else reconstructor
     finish = _Finisher(verbalizer, scorer, batch, options.num_samples)
+    at_once = 1 if scorer is None else _SCORED_AT_ONCE
+    if options.batch_size is not None:
+        at_once = max(1, min(at_once, options.batch_size // options.num_samples))
     try:
         for answer in verbalizer.answers(
             batch.vectors_ND.repeat_interleave(options.num_samples, dim=0),
@@ -87,28 +88,30 @@ def explain_batch(
             prompt=options.prompt,
         ):
             finish.add(answer)
-            if finish.n_waiting >= _SCORED_AT_ONCE:
+            if finish.n_waiting >= at_once:
                 yield from finish.flush()
-    except NLAError:
-        yield from finish.flush()
-        raise
-    except KeyboardInterrupt:
+    except (NLAError, KeyboardInterrupt):
         yield from finish.flush()
         raise
     except Exception as error:
         yield from finish.flush()
         raise NLAError(
             f"the verbalizer failed after {finish.n_done} of {len(batch)} vectors: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}{_advice(error)}"
         ) from error
     yield from finish.flush()
+
+
+def _advice(error: Exception) -> str:
+    out_of_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+    return "; pass a smaller batch_size" if out_of_memory else ""
 
 
 def _seeds(options: Options, n: int) -> Sequence[int]:
     """A seed for each row, so that a row's text does not depend on its batch."""
     if options.temperature == 0:
         return ()
-    base = secrets.randbits(48) if options.seed is None else options.seed
+    base = secrets.randbits(48) if options.seed is None else int(options.seed)
     return [(base * 1_000_003 + row) % 2**63 for row in range(n)]
 
 
@@ -140,21 +143,24 @@ class _Finisher:
         """Yields what is complete, and forgets it.
 
         Raises:
-            NLAError: The reconstructor failed; the texts are yielded first, unscored.
+            NLAError: The reconstructor failed; the texts are yielded first, unscored. So they are
+                before a Ctrl-C that came while they were scored.
         """
         n, start, k = self.n_waiting, self.n_done, self._num_samples
         answers, self._waiting = self._waiting[: n * k], self._waiting[n * k :]
         rows = [start + i // k for i in range(n * k)]
         drafts = [self._draft(answer, row) for answer, row in zip(answers, rows, strict=True)]
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             scored = self._scored(drafts, rows)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             scored, failure = drafts, error
         flagged = [self._flagged(e) for e in scored]
         self.n_done += n
         for i in range(n):
             yield _best(flagged[i * k : (i + 1) * k])
+        if isinstance(failure, KeyboardInterrupt):
+            raise failure
         if failure is not None:
             raise NLAError(
                 f"the reconstructor failed ({type(failure).__name__}: {failure}); the texts are "
@@ -211,5 +217,6 @@ def _best(samples: list[Explanation]) -> Explanation:
     """The best of a vector's samples, carrying them all."""
     if len(samples) == 1:
         return samples[0]
-    ranked = sorted(samples, key=lambda e: -(e.cos if e.cos is not None else 0.0))
+    # A NaN is neither better nor worse than anything, and would leave the rest unsorted.
+    ranked = sorted(samples, key=lambda e: -e.cos if e.cos is not None and e.cos == e.cos else 2.0)
     return replace(ranked[0], samples=tuple(ranked))

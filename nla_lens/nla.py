@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nla_lens import metrics
 from nla_lens.checkpoint import name_halves
+from nla_lens.checks import is_int
 from nla_lens.engines import Placement
 from nla_lens.errors import NLAError
 from nla_lens.explaining import Options, explain_batch
@@ -19,7 +20,7 @@ from nla_lens.explanation import Explanation, Explanations
 from nla_lens.extraction import Positions, Text, open_source, read_text
 from nla_lens.loading import Request, load_halves, torch_dtype
 from nla_lens.progress import with_progress
-from nla_lens.reconstructor import Reconstructor
+from nla_lens.reconstructor import Reconstructor, check_texts
 from nla_lens.spec import NLASpec
 from nla_lens.vectors import VectorBatch, VectorsLike, check_vectors
 from nla_lens.verbalizer import Verbalizer
@@ -169,10 +170,13 @@ class NLA:
         return self._run(self._check(vectors, wishes), wishes)
 
     def _check(self, vectors: VectorsLike, options: Options) -> VectorBatch:
+        self._check_options(options)
+        return check_vectors(vectors, self.spec.d_model)
+
+    def _check_options(self, options: Options) -> None:
         options.check(has_reconstructor=self.reconstructor is not None)
         if options.prompt is not None:
             self.verbalizer.custom_prompt(options.prompt)
-        return check_vectors(vectors, self.spec.d_model)
 
     def _run(self, batch: VectorBatch, options: Options) -> Iterator[Explanation]:
         explained = explain_batch(self.verbalizer, self.reconstructor, batch, options)
@@ -203,8 +207,9 @@ class NLA:
         Raises:
             NLAError: No source model is known, or a position the text does not have.
         """
-        wishes = _options(options)
-        wishes.check(has_reconstructor=self.reconstructor is not None)
+        self._check_options(_options(options))
+        if not is_int(generate) or generate < 0:
+            raise NLAError(f"generate={generate!r} must be the number of tokens to write, or 0")
         place = self.spec.place
         if place is None:
             raise NLAError("which layer to read is not known; pass layer= to from_pretrained")
@@ -241,9 +246,12 @@ class NLA:
         Raises:
             NLAError: No reconstructor was loaded.
         """
+        return self._need_reconstructor().reconstruct(texts)
+
+    def _need_reconstructor(self) -> Reconstructor:
         if self.reconstructor is None:
             raise NLAError("this NLA has no reconstructor; load one with ar=")
-        return self.reconstructor.reconstruct(texts)
+        return self.reconstructor
 
     def score(self, texts: Sequence[str], vectors: VectorsLike) -> metrics.Scores:
         """How well texts reconstruct vectors.
@@ -259,11 +267,11 @@ class NLA:
             NLAError: Not as many texts as vectors, or no reconstructor.
         """
         batch = check_vectors(vectors, self.spec.d_model)
-        texts = [texts] if isinstance(texts, str) and not batch.shape else texts
-        if len(texts) != len(batch):
-            raise NLAError(f"{len(texts)} texts cannot be scored against {len(batch)} vectors")
+        listed = check_texts([texts] if isinstance(texts, str) and not batch.shape else texts)
+        if len(listed) != len(batch):
+            raise NLAError(f"{len(listed)} texts cannot be scored against {len(batch)} vectors")
         return metrics.score(
-            self.reconstruct(texts),
+            self.reconstruct(listed),
             batch.vectors_ND,
             mse_scale=self.spec.mse_scale,
             var_nrm=self.spec.var_nrm,
@@ -279,8 +287,9 @@ class NLA:
 
     def __call__(self, x: VectorsLike, **options: Any) -> Tensor:
         """AR(AV(x)), the reconstruction of x in x's shape; float32 on the CPU, AR's own norm."""
-        shape = tuple(x.shape)
-        return self.decode(self.encode(x, **options)).reshape(shape)
+        self._need_reconstructor()
+        batch = check_vectors(x, self.spec.d_model)
+        return self.decode(self.encode(x, **options)).reshape(*batch.shape, self.spec.d_model)
 
     def steering_vector(self, explanation: Explanation | str, edited: str) -> Tensor:
         """What an edit of an explanation means as a direction.

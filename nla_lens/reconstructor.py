@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,10 +62,23 @@ class Reconstructor:
         Raises:
             NLAError: Not a sequence of strings.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise NLAError("texts must be a list of strings, one per vector")
-        resid_ND = self.engine.last_resid([self.prompt_ids(text) for text in texts])
+        resid_ND = self.engine.last_resid([self.prompt_ids(text) for text in check_texts(texts)])
         return torch.nn.functional.linear(resid_ND, self.weight_DD, self.bias_D)
+
+
+def check_texts(texts: Iterable[str]) -> list[str]:
+    """The texts as a list.
+
+    Raises:
+        NLAError: Not strings, or a single one; names the first that is none.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise NLAError(f"texts must be a list of strings, one per vector; found {texts!r:.80}")
+    listed = list(texts)
+    for i, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise NLAError(f"texts[{i}] is a {type(text).__name__}; expected a string")
+    return listed
 
 
 def tokenize_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -53,7 +53,8 @@ def check_vectors(vectors: VectorsLike, d_model: int) -> VectorBatch:
             f"d_model={d_model} (last axis), from its own source model"
         )
     shape = tuple(given.shape[:-1])
-    vectors_ND = given.reshape(-1, d_model).float()
+    # A copy: the caller may go on writing into the tensor while explanations are still due.
+    vectors_ND = given.reshape(-1, d_model).to(torch.float32, copy=True)
     _check_values(vectors_ND, shape)
     if origin is not None:
         flat = origin.where_LX3.reshape(-1, 3).cpu()
@@ -64,11 +65,12 @@ def check_vectors(vectors: VectorsLike, d_model: int) -> VectorBatch:
 def _as_tensor(vectors: VectorsLike) -> Tensor:
     if isinstance(vectors, ResidualTensor):
         vectors = vectors.as_ordinary()
-    if isinstance(vectors, Tensor):
-        return vectors.detach().cpu()
     try:
-        return torch.from_numpy(np.ascontiguousarray(vectors))
-    except (TypeError, ValueError) as error:
+        if isinstance(vectors, Tensor):
+            return vectors.detach().to_dense().cpu()
+        # Copied even where it need not be: PyTorch warns about read-only arrays.
+        return torch.from_numpy(np.array(vectors, order="C"))
+    except (TypeError, ValueError, RuntimeError) as error:
         raise NLAError(
             f"vectors must be a torch tensor or a numpy array, found {type(vectors).__name__}: "
             f"{error}"
