@@ -1,0 +1,269 @@
+"""nnsight: `.explain()` on block outputs read in a trace.
+
+>>> with nla_lens.attach(model, nla):
+...     with model.trace(prompt):
+...         h = model.model.layers[20].output.save()
+>>> h[0, -1].explain()
+
+Serves every nnsight model around transformers blocks: TransformersModel, the deprecated
+LanguageModel, NNsight; and inside it traces, invokes, generation and caches. What is read is the
+residual at that moment, edits included.
+
+Attaching gives the one model and its block envoys classes derived from their own, which read
+through the original ones; `detach` gives the original classes back. nnsight and torch are not
+patched, and what is sent to a server is pickled as if no probe were there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from nnsight.intervention.cache import Cache
+from nnsight.intervention.envoy import Envoy
+from nnsight.intervention.interleaver import Mediator
+from nnsight.intervention.tracer import InterleavingTracer
+from torch import Tensor, nn
+
+from nla_lens.adapters.nnsight_run import Recorder
+from nla_lens.anatomy import text_model
+from nla_lens.errors import NLAError
+from nla_lens.extraction import token_text
+from nla_lens.frameworks import Probe, check_fit
+from nla_lens.hook_point import ResidPost
+from nla_lens.nla import NLA
+from nla_lens.residual import ResidualTensor
+
+
+def attach(model: Any, nla: NLA) -> Probe:
+    """Attaches an NLA to an nnsight model.
+
+    Args:
+        model: The model whose residual stream the NLA reads; its weights need not be loaded yet.
+        nla: The NLA.
+
+    Raises:
+        NLAError: Not a whole nnsight model, another width, or a probe already there.
+    """
+    what = f"this {type(model).__name__}"
+    stack = _text_stack(model)
+    if isinstance(model, _ProbedModel):
+        raise NLAError(f"{what} has a probe already; detach it first")
+    blocks = list(stack.layers)
+    check_fit(nla, d_model=stack.config.hidden_size, n_blocks=len(blocks), what=what)
+    envoys = [_envoy_of(model, block) for block in blocks]
+    tokenizer = getattr(model, "tokenizer", None)
+    recorder = Recorder(
+        {envoy.path: ResidPost(i).name for i, envoy in enumerate(envoys)},
+        nla,
+        None if tokenizer is None else token_text(tokenizer),
+    )
+    changed = [(model, type(model)), *((envoy, type(envoy)) for envoy in envoys)]
+    for i, (envoy, cls) in enumerate(changed):
+        mixin = _ProbedModel if i == 0 else _ProbedBlock
+        # What is looked up on the class stays out of the instances, and so out of what is pickled.
+        namespace = {"nla_base": cls, "nla_recorder": recorder, "__module__": cls.__module__}
+        envoy.__class__ = type(cls.__name__, (mixin, cls), namespace)
+
+    def undo() -> None:
+        # Copies that `model.edit()` made keep the derived class, and no longer record.
+        recorder.active = False
+        for envoy, cls in changed:
+            envoy.__class__ = cls
+
+    return Probe(model, nla, undo)
+
+
+def as_source(model: Any, tokenizer: Any = None) -> NNsightSource:
+    """The model as a source of residual vectors for `nla_lens.extract`."""
+    return NNsightSource(model, tokenizer)
+
+
+class NNsightSource:
+    """Reads the residual stream in a trace that stops behind the block; edits of the model apply.
+
+    Attributes:
+        tokenizer: The model's own, or the caller's.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        """Raises:
+        NLAError: Not an nnsight model around transformers blocks, or no tokenizer.
+        """
+        self._stack = _text_stack(model)
+        self.model = model
+        self.tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+        if self.tokenizer is None:
+            raise NLAError(f"this {type(model).__name__} has no tokenizer; pass tokenizer=")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is an lm_head to write on with."""
+        return self.model._module.get_output_embeddings() is not None
+
+    def check_place(self, place: ResidPost) -> None:
+        """Raises an NLAError if there is no such block."""
+        if place.layer >= len(self._stack.layers):
+            raise NLAError(
+                f"layer {place.layer} does not exist: the model has {len(self._stack.layers)} "
+                f"blocks (0 to {len(self._stack.layers) - 1})"
+            )
+
+    @torch.inference_mode()
+    def resid(self, ids_BT: Tensor, place: ResidPost) -> Tensor:
+        """`[B, T, d]`; blocks after `place.layer` do not run."""
+        return block_output(self.model, ids_BT, place)
+
+    @torch.inference_mode()
+    def go_on(self, ids: Sequence[int], n: int) -> list[int]:
+        """Argmax continuation, a whole pass per token: registered edits act on each pass alike."""
+        from nla_lens.engines.transformers import find_eos_ids
+
+        grown = list(ids)
+        ends = find_eos_ids(self.model._module)
+        for _ in range(n):
+            out = self.model.trace(torch.tensor([grown]), trace=False)
+            chosen = int(out.logits[0, -1].float().argmax())
+            if chosen in ends:
+                break
+            grown.append(chosen)
+        return grown[len(ids) :]
+
+
+def block_output(model: Any, ids_BT: Tensor, place: ResidPost) -> Tensor:
+    """Output of a block for token ids `[B, T]` without padding; later blocks do not run."""
+    block = _envoy_of(model, _text_stack(model).layers[place.layer])
+    with model.trace(ids_BT) as tracer:
+        output = block.output
+        resid = (output[0] if isinstance(output, tuple) else output).save()
+        tracer.stop()
+    return resid.as_ordinary() if isinstance(resid, ResidualTensor) else resid
+
+
+def _text_stack(model: Any) -> Any:
+    """The stack of decoder blocks inside an nnsight model.
+
+    Raises:
+        NLAError: An envoy that is not a whole model, or other modules than transformers blocks.
+    """
+    if not isinstance(model, Envoy) or not isinstance(model._module, nn.Module):
+        raise NLAError(f"a {type(model).__name__} is no nnsight model around a torch module")
+    if model.parent is not None:
+        raise NLAError(
+            f"{model.path} is one module of an nnsight model; pass the whole model, "
+            f"{model.root.path}"
+        )
+    stack = text_model(model._module)
+    if not hasattr(stack, "config"):
+        raise NLAError(f"{type(stack).__name__} is no transformers model: it has no config")
+    return stack
+
+
+def _envoy_of(model: Any, module: nn.Module) -> Any:
+    """The envoy of a module; modules that two paths lead to have one."""
+    for envoy in model.modules():
+        if envoy._module is module:
+            return envoy
+    raise NLAError(f"nnsight wraps no {type(module).__name__} of this model; is it a copy?")
+
+
+class _Probed(Envoy):
+    """An envoy whose class is put back before it is pickled for a server."""
+
+    nla_base: type[Envoy]
+    nla_recorder: Recorder
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new(self.nla_base, self.__getstate__())
+
+
+class _ProbedBlock(_Probed):
+    """A block whose output knows where it comes from."""
+
+    @property
+    def output(self) -> Any:
+        """The block's output; see `Envoy.output`."""
+        value = self.nla_base.output.__get__(self)
+        mediator = Mediator.current(f"{self.path}.output")
+        return self.nla_recorder.wrap(value, self.path, mediator.batch_group)
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self.nla_base.output.__set__(self, _ordinary(value))
+
+
+class _ProbedModel(_Probed):
+    """A model that notes rows, positions and tokens while it runs."""
+
+    def trace(self, *inputs: Any, tracer_cls: Any = None, **kwargs: Any) -> Any:
+        """See `Envoy.trace`; what a local trace caches can be explained, too."""
+        local = not kwargs.get("remote") and kwargs.get("backend") is None
+        if tracer_cls is None and local:
+            tracer_cls = _RecordingTracer
+        return super().trace(*inputs, tracer_cls=tracer_cls, **kwargs)
+
+    def interleave(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """See `Envoy.interleave`."""
+        dispatch = getattr(self, "dispatch", None)
+        if dispatch is not None and not _is_scanning():
+            # Otherwise it happens on the way, and replaces the module that is watched.
+            dispatch()
+        with self.nla_recorder.watching(self):
+            return super().interleave(fn, *args, **kwargs)
+
+    def _remoteable_class(self) -> type:
+        # The alias LanguageModel answers the class it stands for by itself.
+        cls: type = super()._remoteable_class()
+        return self.nla_base if cls is type(self) else cls
+
+
+class _RecordingTracer(InterleavingTracer):
+    """A tracer whose `cache()` holds residuals that know where they came from."""
+
+    def cache(self, *args: Any, **kwargs: Any) -> Any:
+        """See `InterleavingTracer.cache`."""
+        view = super().cache(*args, **kwargs)
+        mediator = Mediator.current("tracer.cache()")
+        cache = mediator.caches[-1]
+        cache.__class__ = _RecordingCache
+        cache.nla_recorder, cache.nla_rows = self.envoy.nla_recorder, mediator.batch_group
+        return view
+
+
+class _RecordingCache(Cache):
+    nla_recorder: Recorder
+    nla_rows: list[int] | None
+
+    def observe_selected(self, selected: tuple[str, str], value: Any) -> None:
+        """See `Cache.observe_selected`."""
+        super().observe_selected(selected, value)
+        path, slot = selected
+        if slot == "output":
+            entry = self.entries[path][-1]
+            entry.output = self.nla_recorder.wrap(entry.output, path, self.nla_rows)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state: dict[str, Any] = vars(self) | {"model": None, "_open": {}}
+        del state["nla_recorder"], state["nla_rows"]
+        return _new(Cache, state)
+
+
+def _new(cls: type, state: Any) -> tuple[Any, ...]:
+    """What `__reduce_ex__` answers for an object of class `cls`."""
+    return object.__new__, (cls,), state
+
+
+def _ordinary(value: Any) -> Any:
+    """What goes into the model: the tensors it would hold without a probe."""
+    if isinstance(value, ResidualTensor):
+        return value.as_ordinary()
+    if type(value) is tuple:
+        return tuple(_ordinary(part) for part in value)
+    return value
+
+
+def _is_scanning() -> bool:
+    from torch._guards import detect_fake_mode
+
+    return detect_fake_mode() is not None

@@ -1,0 +1,100 @@
+"""Rows, positions and tokens of what one run of an nnsight model reads.
+
+Positions count from each row's first real token, whatever the padding, and go on through the steps
+of a generation; a row is counted within the invoke that reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla_lens.nla import NLA
+from nla_lens.residual import Origin, ResidualTensor, locate
+
+
+class Recorder:
+    """Says of block outputs where they come from.
+
+    Attributes:
+        active: Whether residuals are to be recorded; False after `detach`.
+    """
+
+    def __init__(
+        self, names: Mapping[str, str], nla: NLA, to_token: Callable[[int], str] | None
+    ) -> None:
+        """Args:
+        names: Hook names by the envoys' paths.
+        nla: Who explains.
+        to_token: Text of a token id, where there is a tokenizer.
+        """
+        self.active = True
+        self._names, self._nla, self._to_token = names, nla, to_token
+        self._where_BT3: Tensor | None = None
+
+    @contextlib.contextmanager
+    def watching(self, envoy: Any) -> Iterator[None]:
+        """Notes token ids and masks of each forward pass, from before the pass begins."""
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._where_BT3 = _where(args, kwargs)
+
+        if not self.active:
+            yield
+            return
+        handle = envoy._module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._where_BT3 = None
+
+    def wrap(self, value: Any, path: str, rows: list[int] | None) -> Any:
+        """A block's output, its residual stream viewed as a ResidualTensor.
+
+        Args:
+            value: A tensor `[B, T, d]`, or a tuple that begins with it.
+            path: The block's envoy path.
+            rows: First row and number of rows of the invoke that reads it; None for all.
+        """
+        if type(value) is tuple and value:
+            return (self.wrap(value[0], path, rows), *value[1:])
+        # Nothing else is looked into: under `scan` values are fake tensors.
+        if not self.active or path not in self._names or type(value) is not Tensor:
+            return value
+        where_BT3 = self._where_BT3
+        if where_BT3 is not None and rows is not None and len(where_BT3) != len(value):
+            start, size = rows
+            where_BT3 = where_BT3[start : start + size].clone()
+            where_BT3[..., 0] -= start
+        if where_BT3 is None or where_BT3.shape[:-1] != value.shape[:-1]:
+            return value
+        origin = Origin(self._names[path], where_BT3, self._to_token, self._nla)
+        resid = ResidualTensor.wrap(value, origin)
+        if resid.requires_grad:
+            # The view is not what the loss was computed from: nnsight then reads the gradient of
+            # what it is a view of, as it does for the rows of an invoke.
+            resid._nnsight_batch = True  # type: ignore[attr-defined]
+        return resid
+
+
+def _where(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """`[B, T, 3]` of one forward pass from its arguments; None where nothing is known."""
+    given = kwargs.get("input_ids", args[0] if args else None)
+    if isinstance(given, Tensor) and given.ndim == 2 and not given.is_floating_point():
+        ids_BT = given
+    else:
+        embeds_BTD = kwargs.get("inputs_embeds")
+        if not isinstance(embeds_BTD, Tensor) or embeds_BTD.ndim != 3:
+            return None
+        ids_BT = torch.full(embeds_BTD.shape[:2], -1, device=embeds_BTD.device)
+    mask_BS = kwargs.get("attention_mask")
+    if not isinstance(mask_BS, Tensor) or mask_BS.ndim != 2:
+        past = kwargs.get("past_key_values")
+        n_past = 0 if past is None else int(past.get_seq_length())
+        mask_BS = ids_BT.new_ones(len(ids_BT), n_past + ids_BT.shape[1])
+    return locate(ids_BT, mask_BS)
