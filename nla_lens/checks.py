@@ -14,3 +14,12 @@ def is_int(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a value is a real number, numpy's included, and not a truth value."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be tokenized: half of a surrogate pair, as from broken bytes, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

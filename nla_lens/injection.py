@@ -42,7 +42,7 @@ def rescale(vec_BD: torch.Tensor, norm: float) -> torch.Tensor:
     safe = vec_BD.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     within_range = vec_BD / safe
     length = within_range.norm(dim=-1, keepdim=True)
-    return within_range * (norm / length.clamp_min(torch.finfo(torch.float32).tiny))
+    return within_range / length.clamp_min(torch.finfo(torch.float32).tiny) * norm
 
 
 def replace(embed_BTD: torch.Tensor, scaled_BD: torch.Tensor, position: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nla_lens.checkpoint import Checkpoint
+from nla_lens.checks import is_unicode
 from nla_lens.engines import ReconstructorEngine
 from nla_lens.errors import NLAError
 from nla_lens.injection import fill
@@ -70,7 +71,7 @@ def check_texts(texts: Iterable[str]) -> list[str]:
     """The texts as a list.
 
     Raises:
-        NLAError: Not strings, or a single one; names the first that is none.
+        NLAError: Not strings, or a single one; names the first that cannot be tokenized.
     """
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise NLAError(f"texts must be a list of strings, one per vector; found {texts!r:.80}")
@@ -78,6 +79,8 @@ def check_texts(texts: Iterable[str]) -> list[str]:
     for i, text in enumerate(listed):
         if not isinstance(text, str):
             raise NLAError(f"texts[{i}] is a {type(text).__name__}; expected a string")
+        if not is_unicode(text):
+            raise NLAError(f"texts[{i}] holds half of a surrogate pair: {text!r:.80}")
     return listed
 
 
@@ -120,7 +123,7 @@ def load_head(checkpoint: Checkpoint, d_model: int) -> dict[str, Tensor]:
             "cannot be derived; is this an AR checkpoint?"
         )
     try:
-        head = {name: tensor.float() for name, tensor in load_file(path).items()}
+        head = load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise NLAError(f"{path} cannot be read as safetensors: {error}") from error
     shapes = {"weight": (d_model, d_model), "bias": (d_model,)}
@@ -129,8 +132,11 @@ def load_head(checkpoint: Checkpoint, d_model: int) -> dict[str, Tensor]:
             raise NLAError(f"{path} holds {name!r}; expected weight [d, d] and at most a bias [d]")
         if tuple(tensor.shape) != shapes[name]:
             raise NLAError(f"{path}: {name} is {list(tensor.shape)}, expected {list(shapes[name])}")
-        if not tensor.isfinite().all():
+        if not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise NLAError(f"{path}: {name} is {dtype}; expected floating point")
+        if not tensor.float().isfinite().all():
             raise NLAError(f"{path}: {name} holds NaN or infinity")
     if "weight" not in head:
         raise NLAError(f"{path} has no tensor named weight")
-    return head
+    return {name: tensor.float() for name, tensor in head.items()}
