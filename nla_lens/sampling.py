@@ -9,26 +9,35 @@ from torch import Tensor
 
 
 class Sampler:
-    """Chooses next tokens for the rows of one batch.
+    """Chooses next tokens.
 
     Each row draws from a generator of its own, so the same seed gives the same text in any batch.
     """
 
-    def __init__(self, temperature: float, seeds: Sequence[int] | None) -> None:
+    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
         """Args:
         temperature: 0 is argmax.
-        seeds: One per row; needed above temperature 0.
+        seeds: One per row of the whole job; needed above temperature 0.
         """
-        self._temperature = temperature
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
+        self._temperature, self._seeds = temperature, seeds
+        self._generators: dict[int, torch.Generator] = {}
 
     def pick(self, logits_BV: Tensor, rows: Sequence[int]) -> list[int]:
-        """Token ids for the rows still alive; `logits_BV` has a line for each of them."""
+        """Token ids for these rows of the job, a line of logits each."""
         if self._temperature == 0.0:
             chosen: list[int] = logits_BV.argmax(-1).tolist()
             return chosen
         probs_BV = torch.softmax(logits_BV.float() / self._temperature, -1).cpu()
         return [
-            int(torch.multinomial(probs_V, 1, generator=self._generators[row]))
+            int(torch.multinomial(probs_V, 1, generator=self._generator(row)))
             for probs_V, row in zip(probs_BV, rows, strict=True)
         ]
+
+    def _generator(self, row: int) -> torch.Generator:
+        if row not in self._generators:
+            self._generators[row] = torch.Generator().manual_seed(self._seeds[row])
+        return self._generators[row]
+
+    def forget(self, row: int) -> None:
+        """Drops what is kept for a row that is over, or that will start again."""
+        self._generators.pop(row, None)

@@ -493,18 +493,36 @@ def test_a_real_model_that_fails_in_the_middle_keeps_the_rows_before(
     nla = load_pair("qwen2", "replace")
     wanted = nla.explain(vectors(), max_new_tokens=4, score=False)
     engine, calls = nla.verbalizer.engine, []
-    step = engine.step
+    run = engine.run
 
-    def failing_step(ids, cache):
+    def failing_run(ids, cache, **options):
         calls.append(1)
         if len(calls) > 10:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return step(ids, cache)
+        return run(ids, cache, **options)
 
-    monkeypatch.setattr(engine, "step", failing_step)
-    with pytest.raises(NLAError, match="smaller batch_size") as caught:
+    monkeypatch.setattr(engine, "run", failing_run)
+    with pytest.raises(NLAError, match="out of memory for a single vector") as caught:
         nla.explain(vectors(), max_new_tokens=4, score=False, batch_size=2)
     assert caught.value.explanations.flat == wanted.flat[:4]
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    load_pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nla = load_pair("qwen2", "replace")
+    wanted = nla.explain(vectors(), max_new_tokens=6, score=False)
+    run, widths = nla.verbalizer.engine.run, []
+
+    def small_memory(ids, cache, **options):
+        widths.append(len(ids))
+        if len(ids) > 2 and len(widths) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return run(ids, cache, **options)
+
+    monkeypatch.setattr(nla.verbalizer.engine, "run", small_memory)
+    assert nla.explain(vectors(), max_new_tokens=6, score=False) == wanted
+    assert widths[0] == 6 and set(widths[-4:]) <= {1, 2}
 
 
 def test_a_row_that_is_over_is_kept_when_its_batch_fails(
@@ -512,19 +530,19 @@ def test_a_row_that_is_over_is_kept_when_its_batch_fails(
 ) -> None:
     """The first row closes at once; the second goes on, and then the model fails."""
     nla = load_pair("qwen2", "replace")
-    verbalizer, step, asked = nla.verbalizer, nla.verbalizer.engine.step, []
+    verbalizer, run, asked = nla.verbalizer, nla.verbalizer.engine.run, []
 
     def over(ids: Sequence[int]) -> bool:
         asked.append(ids)
         return len(asked) == 1
 
-    def fails_to_decode(ids, cache):
-        if cache is not None:
+    def fails_to_decode(ids, cache, **options):
+        if ids.shape[1] == 1:
             raise RuntimeError("fell over")
-        return step(ids, cache)
+        return run(ids, cache, **options)
 
     monkeypatch.setattr(verbalizer, "is_closed", over)
-    monkeypatch.setattr(verbalizer.engine, "step", fails_to_decode)
+    monkeypatch.setattr(verbalizer.engine, "run", fails_to_decode)
     with pytest.raises(NLAError, match="after 1 of 2") as caught:
         nla.explain(vectors()[2:4], max_new_tokens=4, score=False)
     assert len(caught.value.explanations) == 1

@@ -66,16 +66,20 @@ def test_what_enters_block_0_is_prompt_embeds(load_pair, expected, family: str) 
         lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
         with_kwargs=True,
     )
+    nla.verbalizer.engine.forget_prefix()
     try:
         nla.explain(wanted.vectors, max_new_tokens=3, score=False)
     finally:
         handle.remove()
     embeds_NTD = nla.verbalizer.prompt_embeds(wanted.vectors)
-    assert torch.equal(seen[0], embeds_NTD)
+    at = nla.verbalizer.marker_position
+    # What is before the marker runs once for all rows.
+    assert torch.equal(seen[0], embeds_NTD[:1, :at])
+    assert torch.equal(seen[1], embeds_NTD[:, at:])
     # Decode steps: the embeddings of the tokens written, and nothing else.
-    assert [tuple(s.shape) for s in seen[1:]] == [(6, 1, 64)] * 2
+    assert [tuple(s.shape) for s in seen[2:]] == [(6, 1, 64)] * 2
     ids = wanted.greedy.ids
-    for step, entered in enumerate(seen[1:]):
+    for step, entered in enumerate(seen[2:]):
         assert relative(entered[:, 0], wanted.av.embeds(ids[:, step])) < 1e-6
 
 
@@ -88,18 +92,19 @@ def test_norm_matched_add_acts_on_the_output_of_block_1(load_pair, expected, fam
         lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]),
         with_kwargs=True,
     )
+    nla.verbalizer.engine.forget_prefix()
     try:
         nla.explain(wanted.vectors, max_new_tokens=2, score=False)
         nla.verbalizer.marker_reading(1)
     finally:
         handle.remove()
-    injected_NTD, _, plain_1TD = entered
-    at = nla.verbalizer.marker_position
-    v_ND, h_D = wanted.vectors.double(), plain_1TD[0, at].double()
+    # Each pass begins at the marker; the prefix before it has run once.
+    prefix_1TD, injected_NTD, _, plain_1TD = entered
+    assert prefix_1TD.shape[1] == nla.verbalizer.marker_position
+    v_ND, h_D = wanted.vectors.double(), plain_1TD[0, 0].double()
     by_hand_ND = h_D + h_D.norm() * v_ND / v_ND.norm(dim=-1, keepdim=True)
-    assert relative(injected_NTD[:, at], by_hand_ND) < 2e-6
-    others = [i for i in range(len(nla.verbalizer.prompt_ids)) if i != at]
-    assert relative(injected_NTD[:, others], plain_1TD[:, others].expand(6, -1, -1)) < 1e-6
+    assert relative(injected_NTD[:, 0], by_hand_ND) < 2e-6
+    assert relative(injected_NTD[:, 1:], plain_1TD[:, 1:].expand(6, -1, -1)) < 1e-6
 
 
 def first_block(nla: NLA, every: bool = False):

@@ -82,6 +82,7 @@ class Placement:
 _ENGINES: Final = {
     "transformers": "nla_lens.engines.transformers",
     "transformer_lens": "nla_lens.engines.transformer_lens",
+    "nnsight": "nla_lens.engines.nnsight",
 }
 
 

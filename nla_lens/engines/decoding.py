@@ -1,25 +1,35 @@
 """The decode loop that local engines share.
 
+What comes before the marker is the same for every vector, so it runs once. Rows that are over leave
+at once and waiting vectors take their place, so that the batch stays full.
+
 Our own loop instead of `generate`: a checkpoint's generation_config (repetition penalty, do_sample)
 leaks into `generate` even where it is told to be greedy, sampled rows there depend on what else is
-in the batch, and Gemma 3's wrapper refuses embeddings. All rows share one prompt, so nothing is
-ever padded.
+in the batch, it computes the prefix for every row, and Gemma 3's wrapper refuses embeddings.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
 from nla_lens.engines import Job
+from nla_lens.engines.kv_cache import empty_cache, joined, repeated, select
+from nla_lens.errors import NLAError
 from nla_lens.sampling import Sampler
+
+_WORTH_A_COPY: Final = 8
+"""Rows leave and join when one in this many is over: both copy the cache."""
+_OVER: Final = -1
 
 
 class Forward(Protocol):
-    """The two passes a local engine must be able to make.
+    """What a local engine must be able to do.
 
     Attributes:
         eos_ids: Ids that end an answer.
@@ -27,45 +37,189 @@ class Forward(Protocol):
 
     eos_ids: frozenset[int]
 
-    def prefill(self, ids: Sequence[int], injected_BD: Tensor, marker: int) -> tuple[Tensor, Any]:
-        """Runs the prompt once per row with the vectors injected; last logits `[B, V]`, cache."""
+    def run(
+        self,
+        ids_BT: Tensor,
+        cache: Any,
+        *,
+        mask_BL: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        injected_BD: Tensor | None = None,
+    ) -> Tensor:
+        """Runs tokens after what is in the cache, which grows by them.
+
+        Args:
+            ids_BT: Token ids.
+            cache: A transformers cache.
+            mask_BL: Which columns of the grown cache are real; None: all.
+            positions_BT: Positions of the tokens; None: they go on from the cache's length.
+            injected_BD: Vectors to be injected at the first of the T tokens; None: nothing is.
+
+        Returns:
+            Logits at the last token, `[B, V]` float32.
+        """
         ...
 
-    def step(self, ids_B1: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Runs one more token per row, injecting nothing; last logits `[B, V]` and the cache."""
-        ...
 
+@dataclass
+class _Flight:
+    """Rows being generated.
 
-def decode(forward: Forward, job: Job, batch_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields (row, generated ids), batch by batch, each row as soon as it is over."""
-    for start in range(0, len(job.injected_ND), batch_size):
-        rows = range(start, min(start + batch_size, len(job.injected_ND)))
-        yield from _decode_batch(forward, job, rows)
+    Attributes:
+        rows: Their indices in the job; `_OVER` for a row that is over and not yet dropped.
+        generated: Their ids so far.
+        cache: Keys and values, newest column last.
+        mask_BL: Which columns of the cache are a row's own.
+    """
 
+    rows: list[int] = field(default_factory=list)
+    generated: list[list[int]] = field(default_factory=list)
+    cache: Any = None
+    mask_BL: Tensor | None = None
 
-@torch.inference_mode()
-def _decode_batch(forward: Forward, job: Job, rows: range) -> Iterator[tuple[int, list[int]]]:
-    sampler = Sampler(job.temperature, [job.seeds[row] for row in rows] if job.seeds else None)
-    generated: list[list[int]] = [[] for _ in rows]
-    alive = list(range(len(rows)))
-    vectors_BD = job.injected_ND[rows.start : rows.stop]
-    logits_BV, cache = forward.prefill(job.prompt_ids, vectors_BD, job.marker)
-    while True:
-        keep = []
-        for k, (i, token) in enumerate(zip(alive, sampler.pick(logits_BV, alive), strict=True)):
-            generated[i].append(token)
-            if _is_over(generated[i], job, forward):
-                yield rows[i], generated[i]
-            else:
-                keep.append(k)
-        if not keep:
+    @property
+    def alive(self) -> list[int]:
+        """Places of the rows that go on."""
+        return [i for i, row in enumerate(self.rows) if row != _OVER]
+
+    def drop(self) -> None:
+        """Drops rows that are over, once there are enough of them to be worth a copy."""
+        alive = self.alive
+        n_over = len(self.rows) - len(alive)
+        if not alive:
+            self.rows, self.generated, self.cache, self.mask_BL = [], [], None, None
+        elif self.mask_BL is not None and n_over * _WORTH_A_COPY >= len(self.rows):
+            mask_BL = self.mask_BL[alive]
+            unused = int(mask_BL.any(0).long().argmax())
+            self.mask_BL = mask_BL[:, unused:]
+            select(self.cache, alive, skip=unused)
+            self.rows = [self.rows[i] for i in alive]
+            self.generated = [self.generated[i] for i in alive]
+
+    def join(self, other: _Flight) -> None:
+        """Takes in rows that have just been prefilled."""
+        if other.mask_BL is None:
             return
-        if len(keep) < len(alive):
-            cache.batch_select_indices(torch.tensor(keep, device=logits_BV.device))
-            alive = [alive[k] for k in keep]
-        last_B1 = torch.tensor([generated[i][-1:] for i in alive], device=logits_BV.device)
-        logits_BV, cache = forward.step(last_B1, cache)
+        if self.mask_BL is None:
+            self.cache, self.mask_BL = other.cache, other.mask_BL
+        else:
+            self.cache = joined(self.cache, other.cache)
+            length = max(self.mask_BL.shape[1], other.mask_BL.shape[1])
+            self.mask_BL = torch.cat(
+                [
+                    torch.nn.functional.pad(mask, (length - mask.shape[1], 0))
+                    for mask in (self.mask_BL, other.mask_BL)
+                ]
+            )
+        self.rows += other.rows
+        self.generated += other.generated
 
 
-def _is_over(ids: Sequence[int], job: Job, forward: Forward) -> bool:
-    return ids[-1] in forward.eos_ids or len(ids) >= job.max_new_tokens or job.is_finished(ids)
+class Decoder:
+    """Generates answers with one model; keeps the prefix of the last prompt between calls."""
+
+    def __init__(self, forward: Forward, device: torch.device) -> None:
+        """Args:
+        forward: The model.
+        device: Where token ids go.
+        """
+        self._forward, self._device = forward, device
+        self._prefix: tuple[tuple[int, ...], Any] | None = None
+
+    def forget_prefix(self) -> None:
+        """Drops the kept prefix."""
+        self._prefix = None
+
+    def decode(self, job: Job, batch_size: int) -> Iterator[tuple[int, list[int]]]:
+        """Yields (row, generated ids) as rows are over, in any order.
+
+        Raises:
+            NLAError: Not even one row fits into memory.
+        """
+        waiting, flight = deque(range(len(job.injected_ND))), _Flight()
+        sampler = Sampler(job.temperature, job.seeds)
+        while waiting or flight.rows:
+            free, started = batch_size - len(flight.alive), _Flight()
+            try:
+                if waiting and free * _WORTH_A_COPY >= batch_size:
+                    started.rows = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                    started.generated = [[] for _ in started.rows]
+                    yield from self._advance(started, self._prefill(started, job), job, sampler)
+                    flight.join(started)
+                if flight.rows:
+                    yield from self._advance(flight, self._step(flight, job), job, sampler)
+            except torch.cuda.OutOfMemoryError as error:
+                # What is in flight starts again with fewer rows at once; what was yielded stays.
+                batch_size = _halved(batch_size, error)
+                again = sorted({*flight.rows, *started.rows} - {_OVER})
+                waiting.extendleft(reversed(again))
+                flight = _Flight()
+                for row in again:
+                    sampler.forget(row)
+
+    def _advance(
+        self, flight: _Flight, logits_BV: Tensor, job: Job, sampler: Sampler
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Appends each row's next token; yields the rows that are over by it."""
+        alive = flight.alive
+        if len(alive) < len(flight.rows):
+            logits_BV = logits_BV[alive]
+        rows = [flight.rows[i] for i in alive]
+        for i, token in zip(alive, sampler.pick(logits_BV, rows), strict=True):
+            flight.generated[i].append(token)
+            if self._is_over(flight.generated[i], job):
+                row, flight.rows[i] = flight.rows[i], _OVER
+                sampler.forget(row)
+                yield row, flight.generated[i]
+        flight.drop()
+
+    def _is_over(self, ids: Sequence[int], job: Job) -> bool:
+        return (
+            ids[-1] in self._forward.eos_ids
+            or len(ids) >= job.max_new_tokens
+            or job.is_finished(ids)
+        )
+
+    @torch.inference_mode()
+    def _prefill(self, started: _Flight, job: Job) -> Tensor:
+        """Runs the prompt from the marker on, injecting; what is before it is shared."""
+        n = len(started.rows)
+        suffix_BT = self._ids([list(job.prompt_ids[job.marker :])] * n)
+        started.cache = repeated(self._prefix_of(job), n)
+        started.mask_BL = torch.ones(n, len(job.prompt_ids), dtype=torch.bool, device=self._device)
+        return self._forward.run(
+            suffix_BT, started.cache, injected_BD=job.injected_ND[started.rows]
+        )
+
+    def _prefix_of(self, job: Job) -> Any:
+        ids = tuple(job.prompt_ids[: job.marker])
+        if self._prefix is None or self._prefix[0] != ids:
+            cache = empty_cache()
+            self._forward.run(self._ids([list(ids)]), cache)
+            self._prefix = ids, cache
+        return self._prefix[1]
+
+    @torch.inference_mode()
+    def _step(self, flight: _Flight, job: Job) -> Tensor:
+        """Runs each row's newest token, injecting nothing."""
+        newest_B1 = self._ids([ids[-1:] for ids in flight.generated])
+        mask_BL = torch.nn.functional.pad(flight.mask_BL, (0, 1), value=True)  # type: ignore[arg-type]
+        flight.mask_BL = mask_BL
+        if mask_BL.all():
+            return self._forward.run(newest_B1, flight.cache)
+        before = len(job.prompt_ids) - 1
+        positions_B1 = self._ids([[before + len(ids)] for ids in flight.generated])
+        return self._forward.run(
+            newest_B1, flight.cache, mask_BL=mask_BL, positions_BT=positions_B1
+        )
+
+    def _ids(self, ids: list[list[int]]) -> Tensor:
+        return torch.tensor(ids, device=self._device)
+
+
+def _halved(batch_size: int, error: Exception) -> int:
+    if batch_size == 1:
+        raise NLAError(
+            "out of memory for a single vector; use a smaller dtype, max_new_tokens or device_map"
+        ) from error
+    return batch_size // 2

@@ -17,7 +17,7 @@ from nla_lens.anatomy import text_model
 from nla_lens.batching import choose_batch_size, length_batches
 from nla_lens.checkpoint import Checkpoint
 from nla_lens.engines import Job, Placement
-from nla_lens.engines.decoding import decode
+from nla_lens.engines.decoding import Decoder
 from nla_lens.engines.transformers import adapter_blocks, find_eos_ids
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_backbone, load_causal_lm
@@ -68,6 +68,7 @@ class TransformerLensVerbalizer:
             raise NLAError(
                 f"{spec.injection} acts at {self._hook_name}; the model has no such hook"
             )
+        self._decoder = Decoder(self, torch.device(bridge.cfg.device))
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int]) -> Tensor:
@@ -77,27 +78,43 @@ class TransformerLensVerbalizer:
         return embedded.float().cpu()
 
     def generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
-        """Yields (row, ids) batch by batch."""
+        """Yields (row, ids) as rows are over."""
         n_tokens = len(job.prompt_ids) + job.max_new_tokens
         size = job.batch_size or choose_batch_size(self.bridge.original_model, n_tokens)
-        return decode(self, job, size)
+        return self._decoder.decode(job, size)
 
-    def prefill(self, ids: Sequence[int], injected_BD: Tensor, marker: int) -> tuple[Tensor, Any]:
+    def forget_prefix(self) -> None:
+        """Frees the kept prefix; needed only after the model's weights were changed."""
+        self._decoder.forget_prefix()
+
+    @torch.inference_mode()
+    def run(
+        self,
+        ids_BT: Tensor,
+        cache: Any,
+        *,
+        mask_BL: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        injected_BD: Tensor | None = None,
+    ) -> Tensor:
         """See `decoding.Forward`."""
 
         def hook(resid_BTD: Tensor, hook: Any) -> Tensor:
-            return self._inject(resid_BTD, injected_BD, marker)
+            return self._inject(resid_BTD, injected_BD, 0)  # type: ignore[arg-type]
 
-        ids_BT = torch.tensor([list(ids)] * len(injected_BD), device=self.bridge.cfg.device)
-        with self.bridge.hooks(fwd_hooks=[(self._hook_name, hook)]):
-            return self.step(ids_BT, None)
-
-    def step(self, ids_B1: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """See `decoding.Forward`."""
-        logits_BTV, cache = self.bridge(
-            ids_B1, return_type="logits_and_cache", past_key_values=cache, use_cache=True
-        )
-        return logits_BTV[:, -1].float(), cache
+        masked = {} if mask_BL is None else {"attention_mask": mask_BL.long()}
+        placed = {} if positions_BT is None else {"position_ids": positions_BT}
+        with self.bridge.hooks(fwd_hooks=[] if injected_BD is None else [(self._hook_name, hook)]):
+            logits_BTV, _ = self.bridge(
+                ids_BT,
+                return_type="logits_and_cache",
+                past_key_values=cache,
+                use_cache=True,
+                **masked,
+                **placed,
+            )
+        logits_BV: Tensor = logits_BTV[:, -1].float()
+        return logits_BV
 
 
 class TransformerLensReconstructor:

@@ -13,7 +13,7 @@ from nla_lens.anatomy import input_device, text_model
 from nla_lens.batching import choose_batch_size, length_batches
 from nla_lens.checkpoint import Checkpoint
 from nla_lens.engines import Job, Placement
-from nla_lens.engines.decoding import decode
+from nla_lens.engines.decoding import Decoder
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_backbone, load_causal_lm
 from nla_lens.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace
@@ -54,6 +54,7 @@ class TransformersVerbalizer:
         self._rule = spec.injection
         self.eos_ids = find_eos_ids(model)
         self._place = injection_module(model, spec)
+        self._decoder = Decoder(self, input_device(model))
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int]) -> Tensor:
@@ -64,31 +65,50 @@ class TransformersVerbalizer:
         return embedded.float().cpu()
 
     def generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
-        """Yields (row, ids) batch by batch."""
+        """Yields (row, ids) as rows are over."""
         n_tokens = len(job.prompt_ids) + job.max_new_tokens
-        return decode(self, job, job.batch_size or choose_batch_size(self.model, n_tokens))
+        return self._decoder.decode(job, job.batch_size or choose_batch_size(self.model, n_tokens))
 
-    def prefill(self, ids: Sequence[int], injected_BD: Tensor, marker: int) -> tuple[Tensor, Any]:
-        """See `Forward`."""
-        ids_BT = torch.tensor([list(ids)] * len(injected_BD), device=input_device(self.model))
-        with self._injected(injected_BD, marker):
-            return self.step(ids_BT, None)
+    def forget_prefix(self) -> None:
+        """Frees the kept prefix; needed only after the model's weights were changed."""
+        self._decoder.forget_prefix()
 
-    def step(self, ids_B1: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """See `Forward`."""
-        out = self.model(input_ids=ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].float(), out.past_key_values
+    @torch.inference_mode()
+    def run(
+        self,
+        ids_BT: Tensor,
+        cache: Any,
+        *,
+        mask_BL: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        injected_BD: Tensor | None = None,
+    ) -> Tensor:
+        """See `decoding.Forward`."""
+        with self._injected(injected_BD):
+            out = self.model(
+                input_ids=ids_BT,
+                attention_mask=None if mask_BL is None else mask_BL.long(),
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits_BV: Tensor = out.logits[:, -1].float()
+        return logits_BV
 
     @contextlib.contextmanager
-    def _injected(self, vectors_BD: Tensor, marker: int) -> Iterator[None]:
-        """Injects while it lasts: around the prefill alone, so decode steps are never touched."""
+    def _injected(self, vectors_BD: Tensor | None) -> Iterator[None]:
+        """Injects at the first token while it lasts; other passes are never touched."""
+        if vectors_BD is None:
+            yield
+            return
         fired: list[nn.Module] = []
         inject = replace if self._rule == "replace" else norm_matched_add
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             fired.append(module)
             resid_BTD = output[0] if isinstance(output, tuple) else output
-            injected = inject(resid_BTD, vectors_BD, marker)
+            injected = inject(resid_BTD, vectors_BD, 0)
             return (injected, *output[1:]) if isinstance(output, tuple) else injected
 
         handle = self._place.register_forward_hook(hook)

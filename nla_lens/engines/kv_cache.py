@@ -1,0 +1,109 @@
+"""The key-value cache of rows that come and go.
+
+All rows keep their newest token in the last column; a row that joined later has empty columns on
+its left, which a mask hides. Columns are only storage: a token's position is passed along by
+itself, and the distance between two columns is the distance between two tokens, so sliding windows
+hold, too.
+
+transformers' own caches grow by copying everything at each token (`DynamicCache`), or attend over
+their full capacity (`StaticCache`); here a buffer with room to spare is written in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+_ROOM: Final = 64
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one block, `[B, heads, L, head_dim]`, views into a larger buffer."""
+
+    keys: Tensor
+    values: Tensor
+    _buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends columns in place; copies only when the room is used up."""
+        length = self.get_seq_length()
+        needed = length + key_states.shape[-2]
+        if self._buffers is None or needed > self._buffers[0].shape[-2]:
+            self._buffers = tuple(
+                _with_room(kept if length else None, new, needed + _ROOM)
+                for kept, new in ((self.keys, key_states), (self.values, value_states))
+            )  # type: ignore[assignment]
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.is_initialized = True
+        for buffer, new in zip(self._buffers or (), (key_states, value_states), strict=True):
+            buffer[..., length:needed, :] = new
+        self.keys, self.values = (buffer[..., :needed, :] for buffer in self._buffers or ())
+        return self.keys, self.values
+
+    def put(self, keys: Tensor, values: Tensor) -> None:
+        """Replaces all rows and columns."""
+        self.keys, self.values, self._buffers = keys, values, None
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+
+def _with_room(kept: Tensor | None, new: Tensor, capacity: int) -> Tensor:
+    rows, heads, _, head_dim = new.shape
+    buffer = new.new_empty(rows, heads, capacity, head_dim)
+    if kept is not None:
+        buffer[..., : kept.shape[-2], :] = kept
+    return buffer
+
+
+def empty_cache() -> Cache:
+    """A cache for every block, sliding ones included: their window is kept by the mask."""
+    return Cache(layer_class_to_replicate=RoomyLayer)
+
+
+def repeated(prefix: Cache, rows: int) -> Cache:
+    """A cache of `rows` rows that all begin with the one row of `prefix`, which stays unwritten."""
+    cache = empty_cache()
+    for index, layer in enumerate(prefix.layers):
+        # A view, copied when the first column is appended.
+        _layer(cache, index).put(
+            layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)
+        )
+    return cache
+
+
+def select(cache: Cache, rows: Sequence[int], skip: int = 0) -> None:
+    """Keeps these rows, and drops the first `skip` columns."""
+    for layer in cache.layers:
+        index = torch.tensor(rows, device=layer.keys.device)
+        layer.put(layer.keys[index, :, skip:], layer.values[index, :, skip:])
+
+
+def joined(first: Cache, second: Cache) -> Cache:
+    """The rows of both, the shorter ones with empty columns on their left."""
+    cache = empty_cache()
+    for index, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
+        _layer(cache, index).put(
+            _stacked(a.keys, b.keys),
+            _stacked(a.values, b.values),
+        )
+    return cache
+
+
+def _stacked(a: Tensor, b: Tensor) -> Tensor:
+    length = max(a.shape[-2], b.shape[-2])
+    return torch.cat([_left_padded(a, length), _left_padded(b, length)])
+
+
+def _left_padded(x: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, length - x.shape[-2], 0))
+
+
+def _layer(cache: Cache, index: int) -> Any:
+    while len(cache.layers) <= index:
+        cache.layers.append(RoomyLayer())
+    return cache.layers[index]
