@@ -5,8 +5,8 @@
 >>> cache["resid_post", 20][0, -1].explain()
 
 Serves TransformerBridge (3.x, 4.x) and HookedTransformer (2.x, 3.x). Attaching shadows
-`run_with_cache` on the one instance and nothing else: the run itself is TransformerLens' own, and
-what comes back is viewed, not copied.
+`run_with_cache` on the one instance (and a HookedTransformer's `forward`, so that it takes what was
+recorded): the run itself is TransformerLens' own, and what comes back is viewed, not copied.
 """
 
 from __future__ import annotations
@@ -60,16 +60,28 @@ def attach(model: Any, nla: NLA) -> Probe:
         what=f"this {type(model).__name__}",
     )
     _refuse_centred(model)
-    # A bound method, so that a deep copy of the model runs itself and not the original. Into
-    # __dict__ itself: TransformerBridge forwards some attribute writes to the wrapped model.
-    recording = MethodType(_recording(type(model), nla), model)
-    own[_METHOD] = recording
+    shadows = _shadows(model, nla)
+    own.update(shadows)
 
     def undo() -> None:
-        if own.get(_METHOD) is recording:
-            del own[_METHOD]
+        for name, shadow in shadows.items():
+            if own.get(name) is shadow:
+                del own[name]
 
     return Probe(model, nla, undo)
+
+
+def _shadows(model: Any, nla: NLA) -> dict[str, MethodType]:
+    """What attaching puts into the model's `__dict__`.
+
+    Bound methods, so that a deep copy of the model runs itself and not the original.
+    """
+    cls = type(model)
+    functions = {_METHOD: _recording(cls, nla)}
+    hooked = any(base.__name__ == "HookedTransformer" for base in cls.__mro__)
+    if hooked and "forward" not in vars(model):
+        functions["forward"] = _accepting(cls)
+    return {name: MethodType(function, model) for name, function in functions.items()}
 
 
 def as_source(model: Any, tokenizer: Any = None) -> TransformerLensSource:
@@ -155,6 +167,25 @@ def _recording(cls: Any, nla: NLA) -> Callable[..., Any]:
         return output, cache
 
     return run_with_cache
+
+
+def _accepting(cls: Any) -> Callable[..., Any]:
+    """`forward` that takes what a probe recorded as `start_at_layer`'s input.
+
+    HookedTransformer insists on a tensor that is of no subclass.
+    """
+    original = cls.forward
+
+    @functools.wraps(original)
+    def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = {name: _ordinary(value) for name, value in kwargs.items()}
+        return original(model, *map(_ordinary, args), **plain)
+
+    return forward
+
+
+def _ordinary(value: Any) -> Any:
+    return value.as_ordinary() if isinstance(value, ResidualTensor) else value
 
 
 def _positional_names(cls: Any) -> tuple[str, ...]:

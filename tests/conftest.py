@@ -8,7 +8,7 @@ import pytest
 
 from nla_lens import NLA
 
-from .checkpoints import build_pair, reference, vectors
+from .checkpoints import build_pair, build_source, reference, vectors
 
 
 class Expected:
@@ -34,6 +34,12 @@ def pair_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
             tmp_path_factory.mktemp(f"{family}-{rule}"), family, injection=rule
         )
     )
+
+
+@pytest.fixture(scope="session")
+def source_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`source_dir(family)` -> a source model's directory, of the pairs' width and 6 blocks."""
+    return cache(lambda family: build_source(tmp_path_factory.mktemp(f"{family}-source"), family))
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def hooked_transformer(directory: Path, *, fold_ln: bool = False, **processing: 
 def _config(config: dict, fold_ln: bool) -> Any:
     from transformer_lens import HookedTransformerConfig
 
-    d_head = config["hidden_size"] // config["num_attention_heads"]
+    d_head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     scaling = config.get("rope_scaling") or {}
     ntk = {
         "use_NTK_by_parts_rope": True,
