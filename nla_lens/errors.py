@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nla_lens.explanation import Explanations
+    from nla_lens.explanation import Explanation, Explanations
 
 
 class NLAError(ValueError):
@@ -14,9 +16,12 @@ class NLAError(ValueError):
     Attributes:
         explanations: What had been finished when the error struck, in input order from the
             first vector on; None where the error came before any model ran.
+        later: What had been finished after the first vector that was not, by its row-major
+            index: rows of a batch end in any order.
     """
 
     explanations: Explanations | None = None
+    later: Mapping[int, Explanation] = MappingProxyType({})
 
 
 class NLAWarning(UserWarning):

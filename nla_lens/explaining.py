@@ -79,7 +79,7 @@ def explain_batch(
     if options.batch_size is not None:
         at_once = max(1, min(at_once, options.batch_size // options.num_samples))
     try:
-        for answer in verbalizer.answers(
+        for row, answer in verbalizer.answers(
             batch.vectors_ND.repeat_interleave(options.num_samples, dim=0),
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
@@ -87,18 +87,21 @@ def explain_batch(
             batch_size=options.batch_size,
             prompt=options.prompt,
         ):
-            finish.add(answer)
-            if finish.n_waiting >= at_once:
+            finish.add(row, answer)
+            if finish.n_due >= at_once:
                 yield from finish.flush()
-    except (NLAError, KeyboardInterrupt):
+    except (NLAError, KeyboardInterrupt) as error:
         yield from finish.flush()
+        error.later = finish.later()  # type: ignore[union-attr]
         raise
     except Exception as error:
         yield from finish.flush()
-        raise NLAError(
+        failure = NLAError(
             f"the verbalizer failed after {finish.n_done} of {len(batch)} vectors: "
             f"{type(error).__name__}: {error}{_advice(error)}"
-        ) from error
+        )
+        failure.later = finish.later()
+        raise failure from error
     yield from finish.flush()
 
 
@@ -128,37 +131,32 @@ class _Finisher:
         self._spec, self._reconstructor = verbalizer.spec, reconstructor
         self._batch, self._num_samples = batch, num_samples
         self._norms_N = norms(batch.vectors_ND)[:, 0]
-        self._waiting: list[Answer] = []
+        self._answers: dict[int, Answer] = {}
+        self._n_ready = 0
         self.n_done = 0
 
     @property
-    def n_waiting(self) -> int:
-        """Vectors whose answers are all there."""
-        return len(self._waiting) // self._num_samples
+    def n_due(self) -> int:
+        """Vectors whose answers are all there, up to the first that waits for one."""
+        return self._n_ready // self._num_samples - self.n_done
 
-    def add(self, answer: Answer) -> None:
-        self._waiting.append(answer)
+    def add(self, row: int, answer: Answer) -> None:
+        """Takes the answer of one row, in any order."""
+        self._answers[row] = answer
+        while self._n_ready in self._answers:
+            self._n_ready += 1
 
     def flush(self) -> Iterator[Explanation]:
-        """Yields what is complete, and forgets it.
+        """Yields what is due, and forgets it.
 
         Raises:
             NLAError: The reconstructor failed; the texts are yielded first, unscored. So they are
                 before a Ctrl-C that came while they were scored.
         """
-        n, start, k = self.n_waiting, self.n_done, self._num_samples
-        answers, self._waiting = self._waiting[: n * k], self._waiting[n * k :]
-        rows = [start + i // k for i in range(n * k)]
-        drafts = [self._draft(answer, row) for answer, row in zip(answers, rows, strict=True)]
-        failure: BaseException | None = None
-        try:
-            scored = self._scored(drafts, rows)
-        except (Exception, KeyboardInterrupt) as error:
-            scored, failure = drafts, error
-        flagged = [self._flagged(e) for e in scored]
-        self.n_done += n
-        for i in range(n):
-            yield _best(flagged[i * k : (i + 1) * k])
+        due = range(self.n_done, self.n_done + self.n_due)
+        self.n_done += len(due)
+        finished, failure = self._finish(due)
+        yield from finished
         if isinstance(failure, KeyboardInterrupt):
             raise failure
         if failure is not None:
@@ -166,6 +164,32 @@ class _Finisher:
                 f"the reconstructor failed ({type(failure).__name__}: {failure}); the texts are "
                 "there, their scores are not"
             ) from failure
+
+    def later(self) -> dict[int, Explanation]:
+        """What is finished beyond the first vector that is not, by index."""
+        whole = [i for i in range(self.n_done, len(self._batch)) if self._has(i)]
+        finished, _ = self._finish(whole)
+        return dict(zip(whole, finished, strict=True))
+
+    def _has(self, vector: int) -> bool:
+        k = self._num_samples
+        return all(row in self._answers for row in range(vector * k, vector * k + k))
+
+    def _finish(self, vectors: Sequence[int]) -> tuple[list[Explanation], BaseException | None]:
+        """Explanations of vectors whose answers are there; unscored if scoring fails."""
+        k = self._num_samples
+        drafts = [
+            self._draft(self._answers.pop(vector * k + sample), vector)
+            for vector in vectors
+            for sample in range(k)
+        ]
+        failure: BaseException | None = None
+        try:
+            scored = self._scored(drafts, [vector for vector in vectors for _ in range(k)])
+        except (Exception, KeyboardInterrupt) as error:
+            scored, failure = drafts, error
+        flagged = [self._flagged(e) for e in scored]
+        return [_best(flagged[i : i + k]) for i in range(0, len(flagged), k)], failure
 
     def _draft(self, answer: Answer, row: int) -> Explanation:
         return Explanation(

@@ -133,8 +133,8 @@ class Verbalizer:
         seeds: Sequence[int] = (),
         batch_size: int | None = None,
         prompt: str | None = None,
-    ) -> Iterator[Answer]:
-        """Yields one answer per vector, in order, each as soon as it and all before it are done.
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yields (index of the vector, its answer) as answers are done, in any order.
 
         Args:
             vectors_ND: `[n, d]` float32, finite and not zero.
@@ -155,13 +155,7 @@ class Verbalizer:
             seeds=seeds,
             batch_size=batch_size,
         )
-        early: dict[int, list[int]] = {}
-        due = 0
-        for row, ids in self.engine.generate(job):
-            early[row] = ids
-            while due in early:
-                yield self.read(early.pop(due))
-                due += 1
+        return ((row, self.read(ids)) for row, ids in self.engine.generate(job))
 
     def custom_prompt(self, prompt: str) -> Prompt:
         """Tokenizes another user turn.

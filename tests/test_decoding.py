@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from nla_lens import NLA
+from nla_lens import NLA, NLAError
 
 from .checkpoints import FAMILIES, reference, vectors
+from .scripted import scripted
 
 N_TOKENS = 24
 
@@ -87,3 +88,19 @@ def test_another_prompt_has_another_prefix(load_pair) -> None:
     )
     assert [e.token_ids for e in other] != [e.token_ids for e in plain]
     assert nla.explain(vectors(), max_new_tokens=8, score=False) == plain
+
+
+def test_what_ended_out_of_turn_before_a_failure_is_kept(nla: NLA) -> None:
+    """Row 0 is still being written when the model fails; rows 1 and 3 are done."""
+    answers = ["zero", "one", "two", "three"]
+    wanted = scripted(nla, answers).explain(vectors(n=4), max_new_tokens=8)
+    failing = scripted(nla, answers, order=[3, 1, 0, 2], fail_after=2)
+    with pytest.raises(NLAError, match="after 0 of 4") as caught:
+        failing.explain(vectors(n=4), max_new_tokens=8)
+    assert len(caught.value.explanations) == 0
+    assert caught.value.later == {1: wanted[1], 3: wanted[3]}
+    failing = scripted(nla, answers, order=[3, 0, 1, 2], fail_after=2)
+    with pytest.raises(NLAError, match="after 1 of 4") as caught:
+        failing.explain(vectors(n=4), max_new_tokens=8)
+    assert caught.value.explanations.flat == [wanted[0]]
+    assert caught.value.later == {3: wanted[3]}
