@@ -1,4 +1,4 @@
-"""The embedded NLA on documents of a seed it was not trained on, measured with arithmetic of its own."""
+"""The embedded NLA on documents of a fresh seed, measured with arithmetic of its own."""
 
 import importlib.util
 import json
@@ -46,9 +46,7 @@ class Reading:
         """`[n, n]`: reconstruction of text i against vector j, float64."""
         made = self.nla.reconstruct(self.texts).double()
         given = self.vectors.double()
-        return (made / made.norm(dim=1, keepdim=True)) @ (
-            given / given.norm(dim=1, keepdim=True)
-        ).T
+        return (made / made.norm(dim=1, keepdim=True)) @ (given / given.norm(dim=1, keepdim=True)).T
 
     def prefix(self, i: int) -> str:
         tokenizer = self.nla.verbalizer.tokenizer
@@ -138,7 +136,9 @@ def test_every_part_has_several_phrasings(reading: Reading) -> None:
         for sentence in re.split(r"(?<=[.”])\s+(?=[A-Z“])", re.sub(r"“.*?”", "“q”", text)):
             bare = re.sub(r"\b(" + "|".join(names()) + r")\b", "NAME", sentence)
             opening = " ".join(bare.split()[:3])
-            if "“q”" in bare and re.search(r"said|words|ends|far|read|breaks|begins|opens|start", bare):
+            if "“q”" in bare and re.search(
+                r"said|words|ends|far|read|breaks|begins|opens|start", bare
+            ):
                 parts["where"].add(opening)
             elif re.search(r"next|follow|goes on|go on|likely|expect", bare):
                 parts["next"].add(bare.split("“")[0][:12])

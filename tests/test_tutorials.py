@@ -21,7 +21,9 @@ def requirements(path: Path) -> list[Requirement]:
 
 def can_run_here(path: Path) -> bool:
     try:
-        return all(r.specifier.contains(version(r.name), prereleases=True) for r in requirements(path))
+        return all(
+            r.specifier.contains(version(r.name), prereleases=True) for r in requirements(path)
+        )
     except PackageNotFoundError:
         return False
 
