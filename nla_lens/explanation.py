@@ -43,7 +43,7 @@ class Explanation:
 
     text: str
     raw_text: str
-    token_ids: tuple[int, ...]
+    token_ids: list[int] = field(hash=False)
     complete: bool
     norm: float
     cos: float | None = None
@@ -75,7 +75,6 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         as_dict = asdict(self)
-        as_dict["token_ids"] = list(self.token_ids)
         as_dict["flags"] = list(self.flags)
         as_dict["samples"] = [sample.to_dict() for sample in self.samples]
         return as_dict
@@ -84,7 +83,7 @@ class Explanation:
     def from_dict(cls, values: Mapping[str, Any]) -> Explanation:
         """The inverse of `to_dict`; unknown keys are ignored."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        known["token_ids"] = tuple(known.get("token_ids", ()))
+        known["token_ids"] = list(known.get("token_ids", ()))
         known["flags"] = tuple(known.get("flags", ()))
         known["samples"] = tuple(cls.from_dict(s) for s in known.get("samples", ()))
         return cls(**known)
