@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ _EMBEDDED: Final = {
 }
 _SMALL_FILES: Final = ("*.json", "*.yaml", "*.jinja", "*.txt", "*.model")
 _WEIGHTS: Final = ("*.safetensors",)
+HEAD_NAME: Final = "value_head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,15 @@ class Checkpoint:
         """Refuses an AR where an AV belongs, and the other way round.
 
         Raises:
-            NLAError: The sidecar says it is the other half.
+            NLAError: The sidecar, or a value head beside it, says it is the other half.
         """
-        found = self.sidecar.role
+        found, by = self.sidecar.role, f"role in {self.sidecar.path}"
+        if found is None and (self.path / HEAD_NAME).is_file():
+            found, by = "ar", f"it has a {HEAD_NAME}"
         if found is not None and found != role:
             what = {"av": "a verbalizer (AV)", "ar": "a reconstructor (AR)"}
             raise NLAError(
-                f"{self.name} is {what[found]}, not {what[role]} (role in {self.sidecar.path}); "
-                f"pass it as {found}="
+                f"{self.name} is {what[found]}, not {what[role]} ({by}); pass it as {found}="
             )
 
 
@@ -85,7 +88,7 @@ def find_pair(name: str) -> tuple[str | Path, str | Path | None]:
     """
     if name in _EMBEDDED:
         return _EMBEDDED[name]
-    local = Path(name).expanduser()
+    local = _as_path(name)
     if (local / SIDECAR_NAME).is_file():
         return local, None
     for av, ar in ((local / "av", local / "ar"), (Path(f"{local}-av"), Path(f"{local}-ar"))):
@@ -112,6 +115,9 @@ def name_halves(
     Raises:
         NLAError: No verbalizer is named, or two are.
     """
+    for given in (name, av, ar):
+        if given is not None and not isinstance(given, (str, Path)):
+            raise NLAError(f"a checkpoint is a name or a directory, found {given!r:.80}")
     if name is not None and av is not None:
         raise NLAError(f"two verbalizers are named: {str(name)!r} and av={str(av)!r}")
     if av is not None:
@@ -135,10 +141,15 @@ def open_checkpoint(
     Raises:
         NLAError: Neither a directory nor a repository that can be had.
     """
-    local = Path(name).expanduser()
+    local = _as_path(name)
     if local.is_dir():
         return Checkpoint(str(name), local)
     return Checkpoint(str(name), _download(str(name), revision, weights))
+
+
+def _as_path(name: str | Path) -> Path:
+    # Path.expanduser raises where there is no such user; this leaves the name as it is.
+    return Path(os.path.expanduser(name))
 
 
 def _download(repo: str, revision: str | None, weights: bool) -> Path:

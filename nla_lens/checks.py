@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from numbers import Integral, Real
 from typing import Any
+
+from nla_lens.errors import NLAError
 
 
 def is_int(value: Any) -> bool:
@@ -23,3 +27,12 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def naming(where: object) -> Iterator[None]:
+    """Puts the file or key at fault in front of what an NLAError says."""
+    try:
+        yield
+    except NLAError as error:
+        raise NLAError(f"{where}: {error}") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nla_lens.checkpoint import open_checkpoint
+from nla_lens.checks import naming
 from nla_lens.engines import Placement, load_reconstructor_engine, load_verbalizer_engine
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_tokenizer
@@ -46,11 +47,13 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
     )
     foreign_code = request.placement.trust_remote_code
     tokenizer = load_tokenizer(av.path, trust_remote_code=foreign_code)
-    prompt = canonical_prompt(spec, tokenizer)
+    with naming(av.sidecar.path):
+        prompt = canonical_prompt(spec, tokenizer)
     reconstructor = None
     if ar is not None:
         ar_tokenizer = load_tokenizer(ar.path, trust_remote_code=foreign_code)
-        check_prompt(spec, ar_tokenizer)
+        with naming(ar.sidecar.path):
+            check_prompt(spec, ar_tokenizer)
         head = load_head(ar, spec.d_model)
         backbone = load_reconstructor_engine(request.engine, ar, spec, request.placement)
         reconstructor = Reconstructor(spec, ar_tokenizer, backbone, head)

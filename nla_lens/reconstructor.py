@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nla_lens.checkpoint import Checkpoint
-from nla_lens.checks import is_unicode
+from nla_lens.checkpoint import HEAD_NAME, Checkpoint
+from nla_lens.checks import is_unicode, naming
 from nla_lens.engines import ReconstructorEngine
 from nla_lens.errors import NLAError
 from nla_lens.injection import fill
@@ -18,8 +18,6 @@ from nla_lens.spec import NLASpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-HEAD_NAME = "value_head.safetensors"
 
 
 class Reconstructor:
@@ -98,12 +96,13 @@ def check_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     if spec.ar_template is None:
         raise NLAError("the reconstructor's sidecar has no prompt template (prompt_templates.ar)")
-    ids = tokenize_prompt(spec, tokenizer, "x")
+    with naming("prompt_templates.ar"):
+        ids = tokenize_prompt(spec, tokenizer, "x")
     suffix = list(spec.critic_suffix_ids or ())
     if suffix and ids[-len(suffix) :] != suffix:
         raise NLAError(
             f"the reconstructor's prompt ends with {ids[-len(suffix) :]}, the sidecar says "
-            f"{suffix} (critic_suffix_ids): the tokenizer or the template is not its own"
+            f"{suffix} (tokens.critic_suffix_ids): the tokenizer or the template is not its own"
         )
 
 

@@ -19,8 +19,11 @@ from nla_lens.errors import NLAError
 from nla_lens.rules import RULES, Rule
 
 SIDECAR_NAME: Final = "nla_meta.yaml"
-_MAX_BYTES: Final = 1_000_000
+_MAX_BYTES: Final = 250_000
 _MAX_DEPTH: Final = 20
+_SCHEMAS: Final = (1, 2)
+SCALES: Final = (1e-15, 1e15)
+"""Squares of norms outside leave float32's range."""
 _ROLES: Final = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
 
 Role = Literal["av", "ar"]
@@ -117,8 +120,10 @@ def _load_yaml(path: Path) -> Mapping[str, Any]:
     try:
         # _PlainLoader is a SafeLoader.
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
-    # PyYAML's constructors raise ValueError, OverflowError and the like on odd scalars.
-    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError) as error:
+    except OSError as error:
+        raise NLAError(f"{path} cannot be read: {error}") from error
+    # PyYAML's constructors raise ValueError, AttributeError and the like on odd scalars.
+    except Exception as error:
         raise NLAError(f"{path} cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(loaded, Mapping):
         raise NLAError(f"{path} must hold a mapping, found {type(loaded).__name__}")
@@ -133,16 +138,22 @@ def parse_sidecar(raw: Mapping[str, Any], path: Path) -> Sidecar:
     """Checks types and folds the spellings into one; `path` is for messages.
 
     Raises:
-        NLAError: Unknown kind or role, or a value of the wrong type.
+        NLAError: Unknown kind, schema or role, a value of the wrong type, or two that contradict
+            each other.
     """
     top = _Section(raw, path)
     kind = top.text("kind")
     if kind not in ("nla_model", "nla_dataset"):
         raise NLAError(f"{path}: kind is {kind!r}; expected nla_model or nla_dataset")
+    schema = top.integer("schema_version", least=0)
+    if schema not in (None, *_SCHEMAS):
+        raise NLAError(
+            f"{path}: schema_version is {schema}; this nla_lens reads {_SCHEMAS}, a newer one may "
+            "read it"
+        )
     extraction, tokens = top.section("extraction"), top.section("tokens")
     prompts, ar = top.section("prompt_templates"), top.section("ar", "critic")
-    width_at = top if kind == "nla_model" else extraction
-    d_model = width_at.integer("d_model", least=1)
+    d_model = _agreed("the width", path, _said("d_model", 1, top, extraction))
     return Sidecar(
         path=path,
         kind=kind,  # type: ignore[arg-type]
@@ -186,14 +197,21 @@ def _rule(extraction: _Section) -> Rule | None:
 
 def _layer(top: _Section, extraction: _Section, ar: _Section) -> int | None:
     said = {
-        "extraction_layer_index": top.integer("extraction_layer_index", least=0),
-        "extraction.layer_index": extraction.integer("layer_index", least=0),
-        "ar.extraction_layer_index": ar.integer("extraction_layer_index", least=0),
-        "ar.num_hidden_layers": ar.integer("num_hidden_layers", least=0),
+        **_said("extraction_layer_index", 0, top, extraction, ar),
+        **_said("layer_index", 0, extraction),
+        **_said("num_hidden_layers", 0, ar),
     }
-    known = {where: layer for where, layer in said.items() if layer is not None}
+    return _agreed("the extraction layer", top.path, said)
+
+
+def _said(key: str, least: int, *sections: _Section) -> dict[str, int | None]:
+    return {f"{s.prefix}{key}": s.integer(key, least=least) for s in sections}
+
+
+def _agreed(what: str, path: Path, said: Mapping[str, int | None]) -> int | None:
+    known = {where: value for where, value in said.items() if value is not None}
     if len(set(known.values())) > 1:
-        raise NLAError(f"{top.path} contradicts itself about the extraction layer: {known}")
+        raise NLAError(f"{path} contradicts itself about {what}: {known}")
     return next(iter(known.values()), None)
 
 
@@ -201,26 +219,27 @@ class _Section:
     """One mapping of the file, read key by key with its types checked."""
 
     def __init__(self, raw: Mapping[str, Any], path: Path, prefix: str = "") -> None:
-        self.raw, self.path, self._prefix = raw, path, prefix
+        self.raw, self.path, self.prefix = raw, path, prefix
 
     def _wrong(self, key: str, value: object, expected: str) -> NLAError:
-        return NLAError(f"{self.path}: {self._prefix}{key} is {value!r:.80}; expected {expected}")
+        return NLAError(f"{self.path}: {self.prefix}{key} is {value!r:.80}; expected {expected}")
 
     def section(self, *spellings: str) -> _Section:
         key = next((k for k in spellings if self.raw.get(k) is not None), spellings[0])
-        value = self.raw.get(key) or {}
-        if not isinstance(value, Mapping):
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, Mapping):
             raise self._wrong(key, value, "a mapping")
-        return _Section(value, self.path, f"{self._prefix}{key}.")
+        return _Section(value or {}, self.path, f"{self.prefix}{key}.")
 
     def text(self, *spellings: str) -> str | None:
-        for key in spellings:
-            value = self.raw.get(key)
-            if value is not None:
-                if not isinstance(value, str):
-                    raise self._wrong(key, value, "text")
-                return value
-        return None
+        known = {key: self.raw[key] for key in spellings if self.raw.get(key) is not None}
+        for key, value in known.items():
+            if not isinstance(value, str):
+                raise self._wrong(key, value, "text")
+        if len(set(known.values())) > 1:
+            names = " and ".join(f"{self.prefix}{key}" for key in known)
+            raise NLAError(f"{self.path}: {names} are two spellings of one key, and differ")
+        return next(iter(known.values()), None)
 
     def integer(self, key: str, *, least: int) -> int | None:
         value = self.raw.get(key)
@@ -251,6 +270,7 @@ class _Section:
             number = float(value) if isinstance(value, (int, float, str)) else math.nan
         except (ValueError, OverflowError):
             number = math.nan
-        if isinstance(value, bool) or not 0.0 < number < math.inf:
+        least, most = SCALES
+        if isinstance(value, bool) or not least <= number <= most:
             raise self._wrong(key, value, 'a positive number, "sqrt_d_model" or null')
         return number

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from nla_lens.checkpoint import Checkpoint, name_halves, open_checkpoint
+from nla_lens.checks import is_number
 from nla_lens.errors import NLAError, NLAWarning
+from nla_lens.gathering import Sources, compare, find_known
 from nla_lens.hook_point import ResidPost
-from nla_lens.releases import TINY_DIR, TINY_SOURCE_NAME, KnownRelease, find_release
+from nla_lens.releases import TINY_DIR, TINY_SOURCE_NAME, KnownRelease
 from nla_lens.rules import RULES, Rule
-from nla_lens.sidecar import Sidecar
+from nla_lens.sidecar import SCALES, Sidecar
 
 DEFAULT_MIN_POSITION = 10
 """Released NLAs were trained on positions from 50 on and decode poorly before about 10."""
@@ -108,10 +110,10 @@ def build_spec(
     av.check_role("av")
     if ar is not None:
         ar.check_role("ar")
-    release = _release(av, ar)
-    gather = _Gather(av, ar, release)
-    d_model = gather.d_model()
-    origins: dict[str, str] = {"d_model": gather.d_model_origin}
+    release = find_known(av, ar)
+    sources = Sources(av, ar, release)
+    d_model = sources.d_model()
+    origins: dict[str, str] = {"d_model": sources.d_model_origin}
     values: dict[str, Any] = {"d_model": d_model}
 
     def settle(name: str, *candidates: tuple[str, Any], need: str = "") -> Any:
@@ -126,23 +128,28 @@ def build_spec(
         return None
 
     side, ar_side = av.sidecar, ar.sidecar if ar else None
-    settle("layer", ("caller", layer), ("sidecar", gather.layer()), gather.known("layer"))
-    source = settle("source_model", ("sidecar", side.source_model), gather.known("source_model"))
+    said_layer = sources.layer(layer)
+    settle(
+        "layer", ("caller" if layer is not None else "sidecar", said_layer), sources.known("layer")
+    )
+    source = settle("source_model", ("sidecar", side.source_model), sources.known("source_model"))
     if source == TINY_SOURCE_NAME:
         values["source_model"] = str(TINY_DIR / "source")
     rule = _settle_rule(injection, side, release, values, origins, av.name)
-    _settle_scale(rule, injection_scale, side, gather, settle)
+    _settle_scale(rule, injection_scale, side, sources, settle)
     _settle_mse_scale(d_model, side, ar_side, values, origins)
     settle(
         "var_nrm",
         ("sidecar", ar_side.var_nrm if ar_side else None),
         ("sidecar", side.var_nrm),
-        gather.known("var_nrm"),
+        sources.known("var_nrm"),
     )
     if release and release.var_nrm_is_estimate and origins.get("var_nrm") == "known release":
         origins["var_nrm"] = "known release (an estimate)"
     settle("min_position", ("sidecar", side.min_position), ("default", DEFAULT_MIN_POSITION))
     _settle_tokens(side, ar_side, settle)
+    if release is not None:
+        compare(values, origins, release, side)
     return NLASpec(**values, origins=origins)
 
 
@@ -174,59 +181,10 @@ def _settle_tokens(side: Sidecar, ar_side: Sidecar | None, settle: Any) -> None:
     settle("injection_left_neighbor_id", ("sidecar", side.left_id))
     settle("injection_right_neighbor_id", ("sidecar", side.right_id))
     settle("av_template", ("sidecar", side.av_template), need=where)
-    settle("ar_template", ("sidecar", ar_side.ar_template if ar_side else side.ar_template))
+    # An AV's sidecar may hold the AR's template, too; the AR's own comes first.
+    own = ar_side.ar_template if ar_side else None
+    settle("ar_template", ("sidecar", own), ("sidecar", side.ar_template))
     settle("critic_suffix_ids", ("sidecar", (ar_side or side).critic_suffix_ids))
-
-
-def _release(av: Checkpoint, ar: Checkpoint | None) -> KnownRelease | None:
-    """The known release, unless only the name fits: a small copy under a famous name is not it."""
-    release = find_release(av.name) or find_release(ar.name if ar else None)
-    width = av.sidecar.d_model or av.config.get("hidden_size")
-    return release if release is not None and width in (None, release.d_model) else None
-
-
-class _Gather:
-    """Collects a value from every source that states it, and refuses contradictions."""
-
-    def __init__(self, av: Checkpoint, ar: Checkpoint | None, release: KnownRelease | None) -> None:
-        self.av, self.ar, self.release = av, ar, release
-        self.d_model_origin = "sidecar"
-
-    def known(self, name: str) -> tuple[str, Any]:
-        return "known release", getattr(self.release, name, None)
-
-    def d_model(self) -> int:
-        said: dict[str, Any] = {}
-        for half in filter(None, (self.av, self.ar)):
-            said[str(half.sidecar.path)] = half.sidecar.d_model
-            if "hidden_size" in half.config:
-                said[f"{half.path / 'config.json'} (hidden_size)"] = half.config["hidden_size"]
-        width = _agreed("d_model", said)
-        if not isinstance(width, int) or width < 1:
-            raise NLAError(
-                f"{self.av.name}: d_model is {width!r}; neither sidecar nor config says it"
-            )
-        if self.av.sidecar.d_model is None:
-            self.d_model_origin = "config"
-        return width
-
-    def layer(self) -> int | None:
-        said: dict[str, Any] = {str(self.av.sidecar.path): self.av.sidecar.layer}
-        if self.ar is not None:
-            said[str(self.ar.sidecar.path)] = self.ar.sidecar.layer
-            blocks = self.ar.config.get("num_hidden_layers")
-            if isinstance(blocks, int):
-                said[f"{self.ar.path / 'config.json'} (num_hidden_layers - 1)"] = blocks - 1
-        return _agreed("layer", said)
-
-
-def _agreed(name: str, said: Mapping[str, Any]) -> Any:
-    known = {where: value for where, value in said.items() if value is not None}
-    values = list(known.values())
-    if any(value != values[0] for value in values):
-        listed = "; ".join(f"{where} says {value!r}" for where, value in known.items())
-        raise NLAError(f"contradictory {name}: {listed}; the two do not belong together")
-    return values[0] if values else None
 
 
 def _settle_rule(
@@ -249,7 +207,7 @@ def _settle_rule(
                 f"injection={injection!r} was asked for, but {side.path} means {stated!r}: the "
                 "verbalizer will read vectors in a way it was not trained with",
                 NLAWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         rule, origin = injection, "caller"
     elif stated is not None:
@@ -266,18 +224,21 @@ def _settle_rule(
 
 
 def _settle_scale(
-    rule: Rule, asked: float | None, side: Sidecar, gather: _Gather, settle: Any
+    rule: Rule, asked: float | None, side: Sidecar, sources: Sources, settle: Any
 ) -> None:
     if rule == "norm_matched_add":
+        if asked is not None:
+            raise NLAError(f"injection_scale={asked!r}: norm_matched_add uses none; leave it out")
         settle("injection_scale")
         return
-    if asked is not None and not 0 < asked < math.inf:
+    least, most = SCALES
+    if asked is not None and not (is_number(asked) and least <= asked <= most):
         raise NLAError(f"injection_scale={asked!r} must be a positive norm")
     settle(
         "injection_scale",
         ("caller", asked),
         ("sidecar", side.injection_scale),
-        gather.known("injection_scale"),
+        sources.known("injection_scale"),
         need=f"the rule `replace` needs it and {side.path} has none; pass injection_scale=",
     )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from nla_lens.checks import is_unicode, naming
 from nla_lens.engines import Job, VerbalizerEngine
 from nla_lens.errors import NLAError
 from nla_lens.injection import fill, find_marker, replace, rescale
@@ -163,7 +164,7 @@ class Verbalizer:
         Raises:
             NLAError: `<INJECT>` is not there exactly once, or the marker stands there besides.
         """
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str) or not is_unicode(prompt):
             raise NLAError(f"prompt= must be text with {INJECT} in it, found {prompt!r:.80}")
         if prompt.count(INJECT) != 1:
             raise NLAError(
@@ -215,11 +216,12 @@ def canonical_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> Promp
     marker_ids = tokenizer.encode(spec.injection_char, add_special_tokens=False)
     if marker_ids != [spec.injection_token_id]:
         raise NLAError(
-            f"the marker {spec.injection_char!r} is {marker_ids} for this tokenizer, the sidecar "
-            f"says [{spec.injection_token_id}]: it must be that one token; the tokenizer is not "
-            "the verbalizer's own"
+            f"tokens.injection_token_id: the marker {spec.injection_char!r} is {marker_ids} for "
+            f"this tokenizer, the sidecar says [{spec.injection_token_id}]: it must be that one "
+            "token; the tokenizer is not the verbalizer's own"
         )
-    content = fill(spec.av_template, "{injection_char}", spec.injection_char)
+    with naming("prompt_templates.av"):
+        content = fill(spec.av_template, "{injection_char}", spec.injection_char)
     ids = render_chat(tokenizer, content)
     sides = (spec.injection_left_neighbor_id, spec.injection_right_neighbor_id)
     return Prompt(tuple(ids), find_marker(ids, spec.injection_token_id, *sides))
@@ -241,13 +243,15 @@ def render_chat(
     if not tokenizer.chat_template:
         raise NLAError(f"the tokenizer of {tokenizer.name_or_path} has no chat template")
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
-    from jinja2 import TemplateError
-
     try:
         ids: Any = tokenizer.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=add_generation_prompt
         )
-    except (TemplateError, TypeError, KeyError, AttributeError) as error:
-        raise NLAError(f"the chat template refuses these messages: {error}") from error
+    # The template is a program that came with the checkpoint: it may raise anything.
+    except Exception as error:
+        raise NLAError(
+            f"the chat template of {tokenizer.name_or_path} refuses these messages "
+            f"({type(error).__name__}: {error})"
+        ) from error
     # transformers 5 answers a BatchEncoding, 4.x a list.
     return list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
