@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 import click
@@ -49,7 +50,30 @@ def _with(options: list[Any]) -> Callable[[_Command], _Command]:
     return add
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+halves_options = _with(_HALVES)
+"""Which NLA, for commands of others; `load_nla` takes what they give."""
+loading_options = _with(_LOADING)
+"""How it is loaded."""
+
+
+class _Commands(click.Group):
+    """The commands here, and those of adapters: entry points of the group `nla_lens.commands`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_added()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = super().get_command(ctx, cmd_name)
+        if found is None and cmd_name in _added():
+            found = _added()[cmd_name].load()
+        return found
+
+
+def _added() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group="nla_lens.commands")}
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="nla-lens")
 def cli() -> None:
     """Read a model's residual stream in words, with a number that says how far to trust them."""
@@ -91,7 +115,7 @@ def explain(
         text = sys.stdin.read()
     wished = {k: options.pop(k) for k in _EXPLAIN_OPTIONS}
     picked = parse_positions(positions)
-    nla = _load(**options)
+    nla = load_nla(**options)
     try:
         found = nla.explain_text(text, picked, model=model, generate=generate, **wished)
     except KeyboardInterrupt as interrupt:
@@ -104,7 +128,7 @@ def explain(
     if as_json:
         click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
     else:
-        _print(to_table(found.flat))
+        print_table(to_table(found.flat))
 
 
 _EXPLAIN_OPTIONS = ("max_new_tokens", "temperature", "num_samples", "seed", "batch_size")
@@ -129,7 +153,7 @@ def info(checkpoint: str, as_json: bool, **options: Any) -> None:
         }
         click.echo(json.dumps(described, ensure_ascii=False))
     else:
-        _print(spec_table(spec, title=checkpoint))
+        print_table(spec_table(spec, title=checkpoint))
 
 
 @cli.command()
@@ -145,7 +169,7 @@ def check(context: click.Context, /, checkpoint: str, vectors: int, **options: A
     """
     from nla_lens.checkup import check_injection
 
-    nla = _load(name=checkpoint, av=None, **options)
+    nla = load_nla(name=checkpoint, av=None, **options)
     findings = check_injection(nla, n_vectors=vectors)
     for finding in findings:
         mark, colour = _MARKS[finding.passed]
@@ -157,7 +181,8 @@ def check(context: click.Context, /, checkpoint: str, vectors: int, **options: A
 _MARKS = {True: ("ok  ", "green"), False: ("FAIL", "red"), None: ("    ", None)}
 
 
-def _load(*, name: str, av: str | None, **options: Any) -> Any:
+def load_nla(*, name: str, av: str | None, **options: Any) -> Any:
+    """The NLA that the options of `halves_options` and `loading_options` name."""
     from nla_lens.nla import NLA
 
     return NLA.from_pretrained(None if av else name, av=av, **options)
@@ -182,7 +207,8 @@ def parse_positions(positions: str | None) -> list[int] | slice | None:
     raise NLAError(f'--positions {positions!r} is not of the form "3", "-1", "0,5,-2" or "2:8"')
 
 
-def _print(table: Any) -> None:
+def print_table(table: Any) -> None:
+    """Prints a rich table, as wide as the terminal."""
     console = Console()
     # Piped into a file there is no width to fit: use a fixed one that keeps rows readable.
     if not console.is_terminal and "COLUMNS" not in os.environ:
