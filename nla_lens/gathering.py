@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nla_lens.checkpoint import Checkpoint
@@ -14,10 +15,26 @@ from nla_lens.sidecar import Sidecar
 
 
 def find_known(av: Checkpoint, ar: Checkpoint | None) -> KnownRelease | None:
-    """The known release, unless only the name fits: a small copy under a famous name is not it."""
+    """The known release of this name.
+
+    Where the width is another one, the checkpoint is not that release itself but one made like it:
+    its rule still holds, its numbers do not.
+    """
     release = find_release(av.name) or find_release(ar.name if ar else None)
+    if release is None:
+        return None
     width = av.sidecar.d_model or av.config.get("hidden_size")
-    return release if release is not None and width in (None, release.d_model) else None
+    if width in (None, release.d_model):
+        return release
+    warnings.warn(
+        f"d_model is {width} ({av.sidecar.path}), but the release {release.stem} is known with "
+        f"{release.d_model}; only its injection rule is taken over",
+        NLAWarning,
+        stacklevel=5,
+    )
+    return replace(
+        release, d_model=width, layer=None, source_model=None, injection_scale=None, var_nrm=None
+    )
 
 
 class Sources:

@@ -35,8 +35,8 @@ class KnownRelease:
 
     av: str
     ar: str | None
-    source_model: str
-    layer: int
+    source_model: str | None
+    layer: int | None
     d_model: int
     injection: Rule
     injection_scale: float | None

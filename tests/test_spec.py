@@ -681,9 +681,13 @@ def test_the_callers_word_against_a_known_release_is_warned_about(released) -> N
     assert spec.injection == "norm_matched_add"
 
 
-def test_a_famous_name_and_another_width_is_not_the_release(released) -> None:
-    with pytest.raises(NLAError, match="nothing says how vectors are injected"):
-        released(d_model=4096).read()
+def test_a_famous_name_and_another_width_gives_the_rule_and_no_numbers(released) -> None:
+    with pytest.warns(
+        NLAWarning, match="d_model is 64 .* known with 4096; only its injection rule"
+    ):
+        spec = released(d_model=4096, injection="norm_matched_add", injection_scale=None).read()
+    assert (spec.injection, spec.origins["injection"]) == ("norm_matched_add", "known release")
+    assert spec.var_nrm is None
 
 
 def test_the_table_of_releases() -> None:
