@@ -37,6 +37,12 @@ _LOADING = [
         type=click.Choice(["replace", "norm_matched_add"]),
         help="The rule, where neither sidecar nor known release says it.",
     ),
+    click.option(
+        "--engine",
+        default="transformers",
+        show_default=True,
+        help="Where the halves run: transformers, transformer_lens, nnsight, ndif.",
+    ),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code from the checkpoint."),
 ]
 

@@ -28,7 +28,7 @@ def can_run_here(path: Path) -> bool:
         return False
 
 
-@pytest.mark.parametrize("path", filter(can_run_here, NOTEBOOKS), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*filter(can_run_here, NOTEBOOKS)], ids=lambda path: path.stem)
 def test_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
