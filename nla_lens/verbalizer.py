@@ -44,7 +44,7 @@ class Answer:
         complete: The closing tag was reached.
     """
 
-    token_ids: tuple[int, ...]
+    token_ids: list[int]
     raw_text: str
     text: str
     complete: bool
@@ -204,7 +204,7 @@ class Verbalizer:
         said, close, _ = raw_text.partition(_CLOSE)
         before, opened, inside = said.partition(_OPEN)
         text = inside if opened else before
-        return Answer(tuple(ids), raw_text, text.strip(), complete=bool(close))
+        return Answer(list(ids), raw_text, text.strip(), complete=bool(close))
 
 
 def canonical_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> Prompt:
