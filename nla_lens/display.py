@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich import box
 from rich.table import Table
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 GOOD_FVE, FAIR_FVE = 0.75, 0.5
 """Shown green from the first on (released pairs reach 0.75), red below the second."""
+
+_CONTROL: Final = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 def to_table(explanations: Sequence[Explanation], *, title: str | None = None) -> Table:
@@ -36,7 +39,7 @@ def to_table(explanations: Sequence[Explanation], *, title: str | None = None) -
     if flagged:
         table.add_column("flags", style="yellow")
     for e in explanations:
-        row = [Text(e.text)]
+        row = [_harmless(e.text)]
         if located:
             row = [Text("" if e.position is None else str(e.position)), _token(e), *row]
         if scored:
@@ -49,13 +52,18 @@ def to_table(explanations: Sequence[Explanation], *, title: str | None = None) -
 
 def spec_table(spec: NLASpec, *, title: str) -> Table:
     """What was loaded and where each value came from."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
     table.add_column("field", style="bold cyan")
     table.add_column("value", overflow="fold")
     table.add_column("from", style="dim")
     for name, value, origin in spec.rows():
         table.add_row(name, Text(value), origin)
     return table
+
+
+def _harmless(text: str) -> Text:
+    """A text whose control characters do not reach the terminal."""
+    return Text(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text))
 
 
 def _token(e: Explanation) -> Text:

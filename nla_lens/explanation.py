@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
 
 _FORMAT: Final = "nla_lens.explanations"
 _VERSION: Final = 1
+_NUMBER: Final = (float, int)
+_TYPES: Final[dict[str, tuple[type, ...]]] = {
+    "text": (str,),
+    "raw_text": (str,),
+    "token_ids": (list,),
+    "complete": (bool,),
+    "norm": _NUMBER,
+    "cos": (*_NUMBER, NoneType),
+    "mse_nrm": (*_NUMBER, NoneType),
+    "fve_nrm": (*_NUMBER, NoneType),
+    "token": (str, NoneType),
+    "token_id": (int, NoneType),
+    "position": (int, NoneType),
+    "hook_name": (str, NoneType),
+    "flags": (list,),
+    "samples": (list,),
+}
+_NEEDED: Final = ("text", "raw_text", "token_ids", "complete", "norm")
+"""What `Explanation.to_dict` writes."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +101,18 @@ class Explanation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Explanation:
-        """The inverse of `to_dict`; unknown keys are ignored."""
+        """The inverse of `to_dict`; unknown keys are ignored.
+
+        Raises:
+            NLAError: A key is missing, or a value is of another type than `to_dict` writes.
+        """
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        known["token_ids"] = list(known.get("token_ids", ()))
+        for name, value in known.items():
+            if not isinstance(value, _TYPES[name]):
+                expected = " or ".join(kind.__name__ for kind in _TYPES[name])
+                raise NLAError(f"{name} is {value!r:.80}; expected {expected}")
+        if missing := [name for name in _NEEDED if name not in known]:
+            raise NLAError(f"{missing[0]} is missing")
         known["flags"] = tuple(known.get("flags", ()))
         known["samples"] = tuple(cls.from_dict(s) for s in known.get("samples", ()))
         return cls(**known)
@@ -113,7 +142,7 @@ class Explanations(Sequence["Explanation | Explanations"]):
         """
         listed = list(items)
         self.shape: tuple[int, ...] = (len(listed),) if shape is None else tuple(shape)
-        if math.prod(self.shape) != len(listed) or not self.shape:
+        if math.prod(self.shape) != len(listed) or not self.shape or min(self.shape) < 0:
             raise NLAError(f"{len(listed)} explanations do not fill the shape {self.shape}")
         self._grid = np.empty(len(listed), dtype=object)
         self._grid[:] = listed
@@ -202,9 +231,9 @@ class Explanations(Sequence["Explanation | Explanations"]):
         header = {"format": _FORMAT, "version": _VERSION, "shape": list(self.shape)}
         lines = [header, *(e.to_dict() for e in self.flat)]
         partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-        )
+        # Half of a surrogate pair, as from broken bytes, has no UTF-8.
+        written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        partial.write_text(written, encoding="utf-8", errors="surrogatepass", newline="\n")
         return partial.replace(path)
 
     @classmethod
@@ -215,16 +244,20 @@ class Explanations(Sequence["Explanation | Explanations"]):
             NLAError: Not such a file, or a damaged one; names the file and the line.
         """
         try:
-            # Not splitlines: a text may hold U+2028 and other separators JSON leaves as they are.
-            lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+            content = Path(path).read_bytes().decode("utf-8", "surrogatepass")
         except (OSError, UnicodeDecodeError) as error:
             raise NLAError(f"{path} cannot be read: {error}") from error
+        # Not splitlines: a text may hold U+2028 and other separators JSON leaves as they are.
+        lines, number = content.rstrip("\n").split("\n"), 1
         try:
             header = json.loads(lines[0])
             if header.get("format") != _FORMAT or header.get("version") != _VERSION:
-                raise NLAError(f"{path} was not written by Explanations.save (version {_VERSION})")
-            return cls(map(Explanation.from_dict, map(json.loads, lines[1:])), header["shape"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise (
-                error if isinstance(error, NLAError) else NLAError(f"{path} is damaged: {error}")
-            ) from error
+                raise NLAError(f"not written by Explanations.save (version {_VERSION})")
+            items = []
+            for line in lines[1:]:
+                number += 1
+                items.append(Explanation.from_dict(json.loads(line)))
+            return cls(items, header["shape"])
+        # Whatever is in the file: JSON of another kind gives any of these.
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise NLAError(f"{path} is damaged at line {number}: {error}") from error

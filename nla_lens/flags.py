@@ -55,9 +55,10 @@ def _is_other_layer(hook_name: str | None, spec: NLASpec) -> bool:
 
 
 def _is_low_fidelity(explanation: Explanation) -> bool:
+    # Negated, so that a NaN is low, too.
     if explanation.fve_nrm is not None:
-        return explanation.fve_nrm < _LEAST_FVE
-    return explanation.cos is not None and explanation.cos < _LEAST_COS
+        return not explanation.fve_nrm >= _LEAST_FVE
+    return explanation.cos is not None and not explanation.cos >= _LEAST_COS
 
 
 def is_injection_suspect(explanation: Explanation, spec: NLASpec) -> bool:
