@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nla_lens.errors import NLAError, NLAWarning
+    from nla_lens.errors import NLAError, NLARemoteError, NLAWarning
     from nla_lens.explanation import Explanation, Explanations
     from nla_lens.extraction import extract
     from nla_lens.frameworks import Probe, attach
@@ -28,6 +28,7 @@ __all__ = [
     "Explanation",
     "Explanations",
     "NLAError",
+    "NLARemoteError",
     "NLASpec",
     "NLAWarning",
     "Probe",
@@ -41,6 +42,7 @@ _HOMES = {
     "Explanation": "explanation",
     "Explanations": "explanation",
     "NLAError": "errors",
+    "NLARemoteError": "errors",
     "NLASpec": "spec",
     "NLAWarning": "errors",
     "Probe": "frameworks",

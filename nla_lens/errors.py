@@ -24,5 +24,21 @@ class NLAError(ValueError):
     later: Mapping[int, Explanation] = MappingProxyType({})
 
 
+class NLARemoteError(NLAError):
+    """A server failed, or could not be reached; says what to do.
+
+    What had been finished before is in `explanations`; asking for the other vectors alone does not
+    repeat it.
+
+    Attributes:
+        cause: What kind of failure it was: "unreachable", "lost", "silent", "key",
+            "not_deployed", "versions", "actor", "memory", "too_long", "store" or "failed".
+    """
+
+    def __init__(self, message: str, *, cause: str = "failed") -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
 class NLAWarning(UserWarning):
     """Nothing failed, but the result may not mean what it seems to mean."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import torch
 
 from nla_lens import metrics
 from nla_lens.checks import is_int, is_number
-from nla_lens.errors import NLAError
+from nla_lens.errors import NLAError, NLARemoteError
 from nla_lens.explanation import Explanation
 from nla_lens.flags import find_flags
 from nla_lens.injection import norms
@@ -36,6 +36,15 @@ class Options:
     prompt: str | None = None
     score: bool | None = None
     progress: bool | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        """From a caller's keyword arguments."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise TypeError(f"unknown options {unknown}; known are {sorted(known)}")
+        return cls(**options)
 
     def check(self, *, has_reconstructor: bool) -> None:
         """Refuses what cannot work.
@@ -160,10 +169,13 @@ class _Finisher:
         if isinstance(failure, KeyboardInterrupt):
             raise failure
         if failure is not None:
-            raise NLAError(
+            message = (
                 f"the reconstructor failed ({type(failure).__name__}: {failure}); the texts are "
                 "there, their scores are not"
-            ) from failure
+            )
+            if isinstance(failure, NLARemoteError):
+                raise NLARemoteError(message, cause=failure.cause) from failure
+            raise NLAError(message) from failure
 
     def later(self) -> dict[int, Explanation]:
         """What is finished beyond the first vector that is not, by index."""

@@ -64,6 +64,7 @@ def extract(
     batch_size: int | None = None,
     *,
     tokenizer: Any = None,
+    remote: str | bool = False,
 ) -> list[ResidualTensor]:
     """Reads the output of block `layer` for texts.
 
@@ -76,6 +77,9 @@ def extract(
         positions: Keep only these tokens of each text, negative ones from the end; None keeps all.
         batch_size: Most texts at once; None chooses.
         tokenizer: Instead of the model's own.
+        remote: Run an nnsight model, or a model named, on NDIF; only the positions asked for
+            travel. True is the server nnsight is configured for, "local" a simulation, else an
+            address.
 
     Returns:
         One `ResidualTensor [T_i, d_model]` per text, in input order, in the model's dtype.
@@ -86,17 +90,16 @@ def extract(
     place = ResidPost(layer)
     if not isinstance(layer, int) or layer < 0:
         raise NLAError(f"layer={layer!r} must be the index of a block, from 0")
-    source = open_source(model, n_blocks=place.n_blocks, tokenizer=tokenizer)
+    source = open_source(model, n_blocks=place.n_blocks, tokenizer=tokenizer, remote=remote)
     source.check_place(place)
     listed: list[Text] = [texts] if isinstance(texts, str) else list(texts)
     prompts = [encode(source.tokenizer, text) for text in listed]
     picked = [_positions(positions, len(ids)) for ids in prompts]
-    found: dict[int, ResidualTensor] = {}
-    for rows in _batches([len(ids) for ids in prompts], batch_size):
-        resid_BTD = source.resid(torch.tensor([prompts[row] for row in rows]), place)
-        for i, row in enumerate(rows):
-            found[row] = _wrap(resid_BTD[i], prompts[row], row, picked[row], place, source)
-    return [found[row] for row in range(len(prompts))]
+    resids = _read(source, prompts, picked, place, batch_size)
+    return [
+        _wrap(resid_ND, prompts[row], row, picked[row], place, source)
+        for row, resid_ND in enumerate(resids)
+    ]
 
 
 def read_text(
@@ -115,8 +118,29 @@ def read_text(
         written = source.go_on(ids, generate)
         picked = [*picked, *range(len(ids), len(ids) + len(written))]
         ids = [*ids, *written]
-    resid_TD = source.resid(torch.tensor([ids]), place)[0]
-    return _wrap(resid_TD, ids, 0, picked, place, source)
+    return _wrap(_read(source, [ids], [picked], place)[0], ids, 0, picked, place, source)
+
+
+def _read(
+    source: Source,
+    prompts: Sequence[list[int]],
+    picked: Sequence[list[int]],
+    place: ResidPost,
+    batch_size: int | None = None,
+) -> list[Tensor]:
+    """The residual stream at some tokens of each prompt, `[n_i, d]`."""
+    # A server picks positions itself, so that the others need not travel.
+    resid_at = getattr(source, "resid_at", None)
+    if resid_at is not None:
+        remote: list[Tensor] = resid_at(prompts, picked, place, batch_size)
+        return remote
+    found: dict[int, Tensor] = {}
+    for rows in _batches([len(ids) for ids in prompts], batch_size):
+        resid_BTD = source.resid(torch.tensor([prompts[row] for row in rows]), place)
+        for i, row in enumerate(rows):
+            # A copy, so that a kept position does not keep the whole batch in memory.
+            found[row] = resid_BTD[i][picked[row]].clone()
+    return [found[row] for row in range(len(prompts))]
 
 
 def encode(tokenizer: Any, text: Text, *, for_answer: bool = False) -> list[int]:
@@ -154,13 +178,12 @@ def _batches(lengths: Sequence[int], batch_size: int | None) -> list[list[int]]:
 
 
 def _wrap(
-    resid_TD: Tensor, ids: list[int], row: int, picked: list[int], place: ResidPost, source: Source
+    resid_ND: Tensor, ids: list[int], row: int, picked: list[int], place: ResidPost, source: Source
 ) -> ResidualTensor:
     where_TX3 = locate(torch.tensor([ids]))[0]
     where_TX3[:, 0] = row
     origin = Origin(place.name, where_TX3[picked], token_text(source.tokenizer))
-    # A copy, so that a kept position does not keep the whole batch in memory.
-    return ResidualTensor.wrap(resid_TD[picked].clone(), origin)
+    return ResidualTensor.wrap(resid_ND, origin)
 
 
 def token_text(tokenizer: Any) -> Callable[[int], str]:
@@ -168,17 +191,29 @@ def token_text(tokenizer: Any) -> Callable[[int], str]:
     return lambda token_id: str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
 
 
-def open_source(model: Any, *, n_blocks: int | None = None, tokenizer: Any = None) -> Source:
+def open_source(
+    model: Any,
+    *,
+    n_blocks: int | None = None,
+    tokenizer: Any = None,
+    remote: str | bool = False,
+) -> Source:
     """A readable source from whatever names or holds a model.
 
     Args:
         model: See `extract`; a `Source` is taken as it is.
         n_blocks: How many blocks are needed, where it must be loaded; None is all.
         tokenizer: Instead of the model's own.
+        remote: See `extract`.
     """
     if all(hasattr(model, name) for name in ("check_place", "resid", "go_on")):
         source: Source = model
         return source
+    if remote:
+        # Imported late, as what is below: it loads nnsight.
+        from nla_lens.engines.ndif_source import open_remote_source
+
+        return open_remote_source(model, remote, tokenizer)
     adapter = find_adapter(model)
     if adapter is not None:
         adapted: Source = adapter.as_source(model, tokenizer)

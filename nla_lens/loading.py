@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nla_lens.checkpoint import open_checkpoint
+from nla_lens.checkpoint import HEAD_NAME, Checkpoint, open_checkpoint
 from nla_lens.checks import naming
-from nla_lens.engines import Placement, load_reconstructor_engine, load_verbalizer_engine
+from nla_lens.engines import (
+    Placement,
+    is_remote,
+    load_reconstructor_engine,
+    load_verbalizer_engine,
+    per_half,
+)
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_tokenizer
 from nla_lens.reconstructor import Reconstructor, check_prompt, load_head
@@ -27,7 +34,7 @@ class Request:
     injection: str | None = None
     injection_scale: float | None = None
     layer: int | None = None
-    engine: str = "transformers"
+    engine: str | Mapping[str, str] = "transformers"
 
 
 def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
@@ -36,8 +43,9 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
     Raises:
         NLAError: Not found, not an NLA, incomplete or contradictory.
     """
-    av = open_checkpoint(request.av, revision=request.revision)
-    ar = None if request.ar is None else open_checkpoint(request.ar, revision=request.revision)
+    engines = per_half(request.engine)
+    av = _open(request.av, request.revision, engines["av"])
+    ar = None if request.ar is None else _open(request.ar, request.revision, engines["ar"])
     spec = build_spec(
         av,
         ar,
@@ -54,11 +62,43 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
         ar_tokenizer = load_tokenizer(ar.path, trust_remote_code=foreign_code)
         with naming(ar.sidecar.path):
             check_prompt(spec, ar_tokenizer)
+        if is_remote(engines["ar"]):
+            _fetch_head(ar)
         head = load_head(ar, spec.d_model)
-        backbone = load_reconstructor_engine(request.engine, ar, spec, request.placement)
+        backbone = load_reconstructor_engine(engines["ar"], ar, spec, request.placement)
         reconstructor = Reconstructor(spec, ar_tokenizer, backbone, head)
-    engine = load_verbalizer_engine(request.engine, av, spec, request.placement)
+    engine = load_verbalizer_engine(engines["av"], av, spec, request.placement)
     return Verbalizer(spec, tokenizer, engine, prompt), reconstructor
+
+
+def _open(name: str | Path, revision: str | None, engine: str) -> Checkpoint:
+    """A half's files; its weights only where it runs here."""
+    if not is_remote(engine):
+        return open_checkpoint(name, revision=revision)
+    if revision is not None:
+        raise NLAError(
+            f"revision={revision!r} has no meaning with engine={engine!r}: the server runs the "
+            "revision that is deployed there"
+        )
+    return open_checkpoint(name, weights=False)
+
+
+def _fetch_head(ar: Checkpoint) -> None:
+    """Downloads the value head alone, beside the small files that are there already."""
+    if (ar.path / HEAD_NAME).is_file() or Path(ar.name).expanduser().is_dir():
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        # The snapshot's directory is named after its commit.
+        hf_hub_download(ar.name, HEAD_NAME, revision=ar.path.name)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise NLAError(
+            f"{HEAD_NAME} of {ar.name} cannot be fetched from the hub ({type(error).__name__}: "
+            f"{reason}); check the name, the network and, for gated models, `hf auth login`"
+        ) from error
 
 
 def torch_dtype(dtype: Any) -> Any:

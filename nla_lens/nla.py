@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from nla_lens import metrics
 from nla_lens.checkpoint import name_halves
 from nla_lens.checks import is_int
-from nla_lens.engines import Placement
+from nla_lens.engines import Placement, per_half, remote_host
 from nla_lens.errors import NLAError
 from nla_lens.explaining import Options, explain_batch
 from nla_lens.explanation import Explanation, Explanations
@@ -45,6 +44,7 @@ class NLA:
         self.verbalizer = verbalizer
         self.reconstructor = reconstructor
         self._source: Any = None
+        self._remote: str | bool = False
 
     @classmethod
     def from_pretrained(
@@ -60,7 +60,7 @@ class NLA:
         injection: str | None = None,
         injection_scale: float | None = None,
         layer: int | None = None,
-        engine: str = "transformers",
+        engine: str | Mapping[str, str] = "transformers",
         trust_remote_code: bool = False,
     ) -> NLA:
         """Loads a pair, or a verbalizer alone.
@@ -78,7 +78,8 @@ class NLA:
                 release's.
             injection_scale: Overrides the sidecar's; the verbalizer was trained with that one.
             layer: K, where neither sidecar nor known release says it.
-            engine: Where the halves run.
+            engine: Where the halves run: "transformers", "transformer_lens", "nnsight", "ndif"; or
+                {"av": ..., "ar": ..., "source": ...}, each elsewhere.
             trust_remote_code: Run Python code from the checkpoint. Off: code of strangers.
 
         Raises:
@@ -86,20 +87,10 @@ class NLA:
         """
         av, ar = name_halves(name, av, ar)
         placement = Placement(torch_dtype(dtype), device, device_map, trust_remote_code)
-        return cls(
-            *load_halves(
-                Request(
-                    av,
-                    ar,
-                    placement,
-                    revision=revision,
-                    injection=injection,
-                    injection_scale=injection_scale,
-                    layer=layer,
-                    engine=engine,
-                )
-            )
-        )
+        wishes = (revision, injection, injection_scale, layer, engine)
+        nla = cls(*load_halves(Request(av, ar, placement, *wishes)))
+        nla._remote = remote_host(per_half(engine)["source"])
+        return nla
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -166,7 +157,7 @@ class NLA:
             vectors: As in `explain`; several leading axes come in row-major order.
             **options: As in `explain`.
         """
-        wishes = _options(options)
+        wishes = Options.of(options)
         return self._run(self._check(vectors, wishes), wishes)
 
     def _check(self, vectors: VectorsLike, options: Options) -> VectorBatch:
@@ -207,7 +198,7 @@ class NLA:
         Raises:
             NLAError: No source model is known, or a position the text does not have.
         """
-        self._check_options(_options(options))
+        self._check_options(Options.of(options))
         if not is_int(generate) or generate < 0:
             raise NLAError(f"generate={generate!r} must be the number of tokens to write, or 0")
         place = self.spec.place
@@ -224,14 +215,12 @@ class NLA:
 
     def _source_model(self, *, whole: bool) -> Any:
         """The source model, loaded once; blocks after K only where it must go on writing."""
-        name = self.spec.source_model
+        name, place = self.spec.source_model, self.spec.place
         if name is None:
             raise NLAError("the checkpoint does not name its source model; pass model=")
         if self._source is None or (whole and not self._source.is_whole):
-            place = self.spec.place
-            self._source = open_source(
-                name, n_blocks=None if whole or not place else place.n_blocks
-            )
+            n_blocks = None if whole or not place else place.n_blocks
+            self._source = open_source(name, n_blocks=n_blocks, remote=self._remote)
         return self._source
 
     def reconstruct(self, texts: Sequence[str]) -> Tensor:
@@ -304,11 +293,3 @@ class NLA:
         """
         original_D, edited_D = self.reconstruct([str(explanation), edited])
         return edited_D - original_D
-
-
-def _options(options: Mapping[str, Any]) -> Options:
-    known = {f.name for f in fields(Options)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise TypeError(f"unknown options {unknown}; known are {sorted(known)}")
-    return Options(**options)

@@ -6,7 +6,7 @@ An engine knows prompts, vectors and token ids; it knows nothing of sidecars, ta
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -83,13 +83,54 @@ _ENGINES: Final = {
     "transformers": "nla_lens.engines.transformers",
     "transformer_lens": "nla_lens.engines.transformer_lens",
     "nnsight": "nla_lens.engines.nnsight",
+    "ndif": "nla_lens.engines.ndif",
 }
+_ROLES: Final = ("av", "ar", "source")
+
+
+def per_half(engine: str | Mapping[str, str]) -> dict[str, str]:
+    """The engine of each half, and of the source model that `explain_text` reads.
+
+    Args:
+        engine: One for all, or some of {"av": ..., "ar": ..., "source": ...}; the rest run by
+            transformers in this process.
+
+    Raises:
+        NLAError: No such engine or half.
+    """
+    chosen = dict(engine) if isinstance(engine, Mapping) else dict.fromkeys(_ROLES, engine)
+    unknown = sorted(set(chosen) - set(_ROLES))
+    if unknown:
+        raise NLAError(f"engine= has {unknown}; its keys are {list(_ROLES)}")
+    for name in chosen.values():
+        _module_name(name)
+    return {role: chosen.get(role, "transformers") for role in _ROLES}
+
+
+def is_remote(engine: str) -> bool:
+    """Whether an engine needs no weights on this machine."""
+    return engine.partition(":")[0] == "ndif"
+
+
+def remote_host(engine: str) -> str | bool:
+    """What `extract` takes as `remote=` for a source that runs where an engine does."""
+    return is_remote(engine) and (engine.partition(":")[2] or True)
+
+
+def _module_name(engine: str) -> str:
+    name = engine.partition(":")[0] if isinstance(engine, str) and is_remote(engine) else engine
+    if name not in _ENGINES:
+        raise NLAError(f"engine={engine!r} is not known; known are {sorted(_ENGINES)}")
+    return _ENGINES[name]
 
 
 def _module(engine: str) -> Any:
-    if engine not in _ENGINES:
-        raise NLAError(f"engine={engine!r} is not known; known are {sorted(_ENGINES)}")
-    return importlib.import_module(_ENGINES[engine])
+    return importlib.import_module(_module_name(engine))
+
+
+def _named(engine: str) -> dict[str, str]:
+    # Only where something stands behind the name does the engine look at it.
+    return {"engine": engine} if is_remote(engine) else {}
 
 
 def load_verbalizer_engine(
@@ -100,7 +141,9 @@ def load_verbalizer_engine(
     Raises:
         NLAError: No such engine, or one that cannot apply the checkpoint's injection rule.
     """
-    loaded: VerbalizerEngine = _module(engine).load_verbalizer(checkpoint, spec, placement)
+    loaded: VerbalizerEngine = _module(engine).load_verbalizer(
+        checkpoint, spec, placement, **_named(engine)
+    )
     return loaded
 
 
@@ -112,5 +155,7 @@ def load_reconstructor_engine(
     Raises:
         NLAError: No such engine, or weights that are not a truncated backbone.
     """
-    loaded: ReconstructorEngine = _module(engine).load_reconstructor(checkpoint, spec, placement)
+    loaded: ReconstructorEngine = _module(engine).load_reconstructor(
+        checkpoint, spec, placement, **_named(engine)
+    )
     return loaded

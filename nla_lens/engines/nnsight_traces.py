@@ -1,4 +1,4 @@
-"""The three traces that run an NLA's halves and its source: generate, read, and sample.
+"""The traces that run an NLA's halves and its source: generate with injection, write on, read.
 
 They run in this process or on a server, as the backend says. A block is shipped as source with the
 values it names, so a block here names torch, the model and plain values, and nothing of nla_lens,
@@ -194,6 +194,18 @@ def generate(
     return found.cpu()
 
 
+def write_on(
+    model: Any, prompt_ids: Sequence[int], options: Mapping[str, Any], *, backend: Any = None
+) -> list[int]:
+    """Generates after one prompt, injecting nothing."""
+    ids_1T = torch.tensor([list(prompt_ids)])
+    n_prompt = ids_1T.shape[1]
+    with model.generate(ids_1T, backend=backend, **options) as tracer:
+        found = tracer.result[:, n_prompt:].save()
+    written: list[int] = found[0].tolist()
+    return written
+
+
 def read(
     model: Any,
     path: str,
@@ -204,26 +216,39 @@ def read(
 ) -> Tensor:
     """Reads an envoy's output at some tokens of prompts; the model runs no further than there.
 
+    Prompts of one length share a pass and all passes a request: nothing is padded, as that changes
+    the last bits.
+
     Args:
         model: An nnsight model.
         path: The envoy.
-        prompts: Token ids, padded on the right here.
+        prompts: Token ids, at least one prompt.
         positions: Which tokens of each prompt, from 0.
         backend: What runs the trace; None runs it here.
 
     Returns:
         `[n, d]` in the model's dtype on the CPU: prompt by prompt, in the order of `positions`.
     """
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    ids_BT = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, : len(prompt)] = torch.tensor(list(prompt))
-    mask_BT = (torch.arange(ids_BT.shape[1]) < lengths[:, None]).long()
-    rows_N = torch.tensor([row for row, picked in enumerate(positions) for _ in picked]).long()
-    at_N = torch.tensor([position for picked in positions for position in picked]).long()
-    with model.trace(input_ids=ids_BT, attention_mask=mask_BT, backend=backend) as tracer:
-        output = model.get(path).output
-        there = output[0] if isinstance(output, tuple) else output
-        found = there[rows_N.to(there.device), at_N.to(there.device)].detach().cpu().save()
-        tracer.stop()
-    return found
+    batches = []
+    for length in sorted({len(prompt) for prompt in prompts}):
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
+        counts = torch.tensor([len(positions[row]) for row in rows])
+        at_N = torch.tensor([p for row in rows for p in positions[row]], dtype=torch.long)
+        ids_BT = torch.tensor([list(prompts[row]) for row in rows])
+        batches.append((rows, ids_BT, torch.arange(len(rows)).repeat_interleave(counts), at_N))
+    traces = [tensors for _, *tensors in batches]
+    with model.session(backend=backend):
+        found: Any = []
+        found.save()
+        for ids_BT, rows_N, at_N in traces:
+            with model.trace(input_ids=ids_BT) as tracer:
+                output = model.get(path).output
+                there = output[0] if isinstance(output, tuple) else output
+                picked = there[rows_N.to(there.device), at_N.to(there.device)].detach().cpu()
+                tracer.stop()
+            found.append(picked)
+    by_row: dict[int, Tensor] = {}
+    for (rows, *_), resid_ND in zip(batches, found, strict=True):
+        parts = resid_ND.split([len(positions[row]) for row in rows])
+        by_row |= dict(zip(rows, parts, strict=True))
+    return torch.cat([by_row[row] for row in range(len(prompts))])

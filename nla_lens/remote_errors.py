@@ -1,0 +1,183 @@
+"""What can go wrong on an NDIF server, each as one sentence with its remedy.
+
+The texts are those of ndif 0.1 and nnsight 0.8. A server's own words are kept, shortened, and
+without the API key, which some of them repeat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from nla_lens.errors import NLAError, NLARemoteError
+
+_MOST_OF_A_MESSAGE: Final = 400
+_HIDDEN: Final = "<key>"
+_KEY_SHAPE: Final = re.compile(r"\b[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b")
+
+
+class SilenceError(Exception):
+    """The server said nothing for longer than one is willing to wait."""
+
+    def __init__(self, state: str, seconds: float) -> None:
+        super().__init__(f"no word for {seconds:g} s after {state}")
+        self.state, self.seconds = state, seconds
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A failure known by what the server says."""
+
+    pattern: str
+    cause: str
+    what: str
+    remedy: str
+
+
+_COMPARE: Final = (
+    "compare both sides with `nla-lens doctor --engine ndif CHECKPOINT` or "
+    "`nnsight.ndif.compare()`, and install the server's versions of nnsight and transformers here"
+)
+_KNOWN: Final = (
+    _Known(
+        r"api key",
+        "key",
+        "the server does not accept the API key",
+        "get one at https://login.ndif.us and store it with `nnsight login`, or set NDIF_API_KEY",
+    ),
+    _Known(
+        r"could not deploy|not deployed|error starting model|unknown model|no deployment",
+        "not_deployed",
+        "the model is not deployed on the server",
+        "ask for it to be deployed (NDIF: https://nnsight.net/status shows what is up; on a server "
+        "of your own: `ndif deploy CHECKPOINT`), or run this half elsewhere with engine=",
+    ),
+    _Known(
+        r"ModuleNotFoundError|No module named|architecture on this server|UnknownPersistentId"
+        r"|payload could not be read|below the minimum|version was not provided",
+        "versions",
+        "the server and this machine do not fit together",
+        _COMPARE,
+    ),
+    _Known(
+        r"out of memory|OutOfMemory|AllocationError",
+        "memory",
+        "the server ran out of memory",
+        "pass a smaller batch_size=",
+    ),
+    _Known(
+        r"execution timeout|exceeded the .*time",
+        "too_long",
+        "the server ended the request because it ran too long",
+        "pass a smaller batch_size= or max_new_tokens=",
+    ),
+    _Known(
+        r"error submitting request|evicted|cancelled|preempted|actor|replica",
+        "actor",
+        "the model's process on the server ended while it ran the request",
+        "it is usually up again within seconds: ask again for the vectors that are missing",
+    ),
+    _Known(
+        r"reconnecting|temporarily unavailable|auth backend",
+        "unreachable",
+        "the server has no contact with its models",
+        "try again in a few minutes",
+    ),
+)
+
+
+@contextlib.contextmanager
+def told(model: str, host: str, key: str | None = None) -> Iterator[None]:
+    """Turns whatever a remote run raises into an `NLARemoteError`.
+
+    Args:
+        model: What ran there.
+        host: The server.
+        key: The API key, to be taken out of messages.
+
+    Raises:
+        NLARemoteError: The run failed.
+    """
+    try:
+        yield
+    except NLAError:
+        raise
+    except Exception as error:
+        # `from None`: the original may hold the key in its message, its request or its frames.
+        raise tell(error, model, host, key) from None
+
+
+def tell(error: BaseException, model: str, host: str, key: str | None = None) -> NLARemoteError:
+    """One failure as an `NLARemoteError`."""
+    words = scrub(_words(error), key)
+    cause, what, remedy = _classify(error, words)
+    said = f" ({words})" if words else ""
+    return NLARemoteError(f"{what}: {model} at {scrub(host, key)}{said}; {remedy}", cause=cause)
+
+
+def scrub(text: str, key: str | None) -> str:
+    """A text without the API key, or anything of its shape."""
+    if key:
+        text = text.replace(key, _HIDDEN)
+    return _KEY_SHAPE.sub(_HIDDEN, text)
+
+
+def _words(error: BaseException) -> str:
+    text = str(error).strip()
+    # The last line of a traceback is what happened.
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1]
+    words = " ".join(text.split())
+    return words if len(words) <= _MOST_OF_A_MESSAGE else words[:_MOST_OF_A_MESSAGE] + "…"
+
+
+def _classify(error: BaseException, words: str) -> tuple[str, str, str]:
+    """Cause, what happened, and what to do."""
+    if isinstance(error, SilenceError):
+        return (
+            "silent",
+            f"the server has been silent for {error.seconds:g} s, last heard: {error.state}",
+            "the request may still be running, so it is not sent again by itself; ask again later, "
+            "or wait longer (engine.patience)",
+        )
+    names = {base.__name__ for base in type(error).__mro__}
+    if _status_code(error) is not None or "HTTPStatusError" in names:
+        return (
+            "store",
+            f"the server answered HTTP {_status_code(error)} when asked for a result",
+            "its object store is away, without which results that are large or polled cannot be "
+            "had; tell whoever runs it",
+        )
+    if "RemoteError" in names:
+        for known in _KNOWN:
+            if re.search(known.pattern, f"{words} {error}", re.IGNORECASE):
+                return known.cause, known.what, known.remedy
+        if re.search(r"connect|refused|resolve|timed out", words, re.IGNORECASE):
+            return _UNREACHABLE
+        return "failed", "the run failed on the server", "what it says is above"
+    if "WebSocketConnectionClosedException" in names:
+        return (
+            "lost",
+            "the server hung up before the result came",
+            "the request may have run; ask again for the vectors that are missing, or use "
+            "non-blocking jobs, whose results can be fetched later",
+        )
+    if names & {"OSError", "HTTPError", "TransportError", "WebSocketException"}:
+        return _UNREACHABLE
+    return "failed", "the run failed", f"this was a {type(error).__name__}"
+
+
+_UNREACHABLE: Final = (
+    "unreachable",
+    "the server cannot be reached",
+    "check the network and the address (NDIF_HOST; nnsight's configuration)",
+)
+
+
+def _status_code(error: Any) -> int | None:
+    response = getattr(error, "response", None)
+    code = getattr(response, "status_code", None)
+    return code if isinstance(code, int) else None
