@@ -3,7 +3,8 @@
 >>> as_sae = NLADictionary(nla)
 >>> as_sae.cfg.hook_name, as_sae.cfg.d_in
 >>> as_sae.decode(as_sae.encode(x))                  # the latents are texts
->>> run_with_nla(model, tokens, nla)                 # logits with AR(AV(x)) spliced in
+
+Splicing it into a model's forward is in `nla_lens.adapters.splicing`.
 
 AR(text) is a direction. What is spliced in has the length of the vector it stands for: a dictionary
 would keep the length in its activations, and a text does not say it.
@@ -16,13 +17,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from nla_lens.adapters.transformer_bridge import as_source
-from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
-from nla_lens.frameworks import check_fit
 from nla_lens.injection import norms, unit
 from nla_lens.nla import NLA
 from nla_lens.residual import ResidualTensor
@@ -105,75 +102,6 @@ class NLADictionary:
         return out_ND.reshape(x.shape).to(x.device, x.dtype)
 
     __call__ = forward
-
-
-def run_with_nla(
-    model: Any,
-    tokens: Any,
-    nla: NLA | NLADictionary,
-    *,
-    positions: int | slice | Sequence[int] | None = None,
-    edit: Edit | None = None,
-    keep_error: bool = False,
-    options: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Runs a TransformerLens model with AR(AV(x)) in place of the residual the NLA reads.
-
-    What `run_with_saes` of SAELens is for a dictionary. Nothing stays attached.
-
-    Args:
-        model: A TransformerBridge or HookedTransformer, the NLA's source model.
-        tokens: What the model takes: a string, or token ids `[B, T]`. Rows that are padded must
-            leave padding out of `positions`.
-        nla: The NLA.
-        positions: Which positions are replaced; None is all of them. The first one is often of a
-            length nothing else has, and its text says little.
-        edit: Changes each text before it is reconstructed.
-        keep_error: Keep what the NLA misses; see `NLADictionary.forward`.
-        options: Those of `NLA.explain`.
-        **kwargs: Those of the model's forward, for instance `return_type`.
-
-    Returns:
-        What the model's forward returns.
-
-    Raises:
-        NLAError: Another width, too few blocks, centred weights, or a position there is not.
-    """
-    dictionary = nla if isinstance(nla, NLADictionary) else NLADictionary(nla, **(options or {}))
-    what = f"this {type(model).__name__}"
-    # Refuses other classes, and weights whose residual stream is another one.
-    as_source(model, getattr(model, "tokenizer", None) or "none")
-    check_fit(dictionary.nla, d_model=model.cfg.d_model, n_blocks=model.cfg.n_layers, what=what)
-
-    def splice(resid_BTD: Tensor, hook: Any) -> Tensor:
-        at = _columns(positions, resid_BTD.shape[1])
-        out_BTD = resid_BTD.clone()
-        spliced = dictionary.forward(resid_BTD[:, at], edit=edit, keep_error=keep_error)
-        out_BTD[:, at] = spliced
-        return out_BTD
-
-    with torch.no_grad():
-        return model.run_with_hooks(
-            tokens, fwd_hooks=[(dictionary.cfg.hook_name, splice)], **kwargs
-        )
-
-
-def _columns(positions: int | slice | Sequence[int] | None, n_tokens: int) -> list[int]:
-    """Positions as indices from 0.
-
-    Raises:
-        NLAError: A position the text does not have.
-    """
-    if positions is None:
-        return list(range(n_tokens))
-    if isinstance(positions, slice):
-        return list(range(n_tokens))[positions]
-    listed: list[Any] = [positions] if isinstance(positions, int) else list(positions)
-    for position in listed:
-        if not is_int(position) or not -n_tokens <= position < n_tokens:
-            raise NLAError(f"position {position!r} does not exist: there are {n_tokens} tokens")
-    return [int(p) % n_tokens for p in listed]
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from nla_lens.adapters.dictionary_formats import read_dictionary
 from nla_lens.adapters.feature_table import FeatureExplanation, FeatureExplanations
 from nla_lens.adapters.features import LabelScores, explain_features, label_score
 from nla_lens.adapters.latents import check_dictionary
-from nla_lens.adapters.nla_dictionary import NLADictionary, run_with_nla
+from nla_lens.adapters.nla_dictionary import NLADictionary
+from nla_lens.adapters.splicing import run_with_nla
 from nla_lens.errors import NLAError
 
 __all__ = [

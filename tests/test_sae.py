@@ -418,6 +418,22 @@ def test_with_its_error_nothing_changes_but_what_is_edited(tiny: NLA, model: obj
         torch.testing.assert_close(model(IDS), base)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("nnsight") is None, reason="needs nnsight")
+def test_splicing_in_nnsight_is_the_same(tiny: NLA) -> None:
+    import nnsight
+
+    name = str(TINY_DIR / "source")
+    model = nnsight.TransformersModel(name, task="text-generation", tokenizer=name)
+    output = run_with_nla(model, IDS, tiny, positions=[2, 3], options=SHORT)
+    torch.testing.assert_close(output.logits, spliced_by_hand(tiny, [2, 3]), rtol=1e-4, atol=1e-4)
+    with model.trace(IDS):
+        base = model.output.save()
+    kept = run_with_nla(model, IDS, tiny, keep_error=True, options=SHORT)
+    torch.testing.assert_close(kept.logits, base.logits)
+    with pytest.raises(NLAError, match="remote"):
+        run_with_nla(model, IDS, tiny, remote=True)
+
+
 def test_what_cannot_be_spliced_is_named(tiny: NLA, model: object) -> None:
     with pytest.raises(NLAError, match="position 6"):
         run_with_nla(model, IDS, tiny, positions=[6])

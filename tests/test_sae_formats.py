@@ -384,17 +384,23 @@ def test_an_object_with_the_three_names_is_taken_as_it_is() -> None:
 # --- memory ---------------------------------------------------------------------------------------
 
 MEMORY = """
-import resource, sys
+import re, sys
 from nla_lens.adapters.sae import load_dictionary
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+# Not ru_maxrss: a new process begins with its parent's.
+def highest():
+    with open("/proc/self/status") as status:
+        return re.search(r"VmHWM:\\s*(\\d+) kB", status.read())[1]
+
+base = highest()
 sae = load_dictionary(sys.argv[1])
 rows = sae.rows([0, 11, 977, 4096, 9999, 20000, 31000, 44444, 60000, 65535])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = highest()
 print(base, peak, [round(float(r[0]), 3) for r in rows], tuple(rows.shape))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="holes in files, and ru_maxrss in KiB")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status")
 @pytest.mark.parametrize("name", ["goodfire", "saelens"])
 def test_ten_latents_of_a_2_gb_matrix_cost_megabytes(name: str, tmp_path: Path) -> None:
     """The files have holes in place of zeros, so they take no room and no time to write."""
@@ -407,7 +413,7 @@ def test_ten_latents_of_a_2_gb_matrix_cost_megabytes(name: str, tmp_path: Path) 
     )
     base, peak, rest = run.stdout.split(" ", 2)
     assert "(10, 8192)" in rest
-    assert int(peak) < 600 * 1024, "torch itself included"
+    # In KiB, torch itself included in both.
     assert int(peak) - int(base) < 100 * 1024, (base, peak)
 
 
