@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nla_lens.batching import length_batches
+from nla_lens.checks import is_int, is_unicode
 from nla_lens.errors import NLAError
 from nla_lens.frameworks import find_adapter
 from nla_lens.hook_point import ResidPost
@@ -25,7 +26,7 @@ Text: TypeAlias = "str | Sequence[Mapping[str, Any]]"
 """A plain text, or chat messages `{"role": ..., "content": ...}`."""
 
 
-Positions: TypeAlias = "Sequence[int] | slice | None"
+Positions: TypeAlias = "Sequence[int] | int | slice | None"
 """Which tokens of a text: indices (negative from the end), a slice, or None for all."""
 
 
@@ -87,9 +88,13 @@ def extract(
     Raises:
         NLAError: No such layer or position, or no tokenizer to be found.
     """
-    place = ResidPost(layer)
-    if not isinstance(layer, int) or layer < 0:
+    if not is_int(layer) or layer < 0:
         raise NLAError(f"layer={layer!r} must be the index of a block, from 0")
+    if batch_size is not None and not (is_int(batch_size) and batch_size > 0):
+        raise NLAError(f"batch_size={batch_size!r} must be a positive integer")
+    if not isinstance(texts, (str, Sequence)):
+        raise NLAError(f"texts= is a text or a list of texts, found {texts!r:.80}")
+    place = ResidPost(int(layer))
     source = open_source(model, n_blocks=place.n_blocks, tokenizer=tokenizer, remote=remote)
     source.check_place(place)
     listed: list[Text] = [texts] if isinstance(texts, str) else list(texts)
@@ -150,6 +155,8 @@ def encode(tokenizer: Any, text: Text, *, for_answer: bool = False) -> list[int]
         NLAError: Neither text nor messages, or nothing at all.
     """
     if isinstance(text, str):
+        if not is_unicode(text):
+            raise NLAError(f"the text holds half of a surrogate pair: {text!r:.80}")
         ids = list(tokenizer(text)["input_ids"])
     elif isinstance(text, Sequence) and all(isinstance(turn, Mapping) for turn in text):
         ids = render_chat(tokenizer, text, add_generation_prompt=for_answer)
@@ -161,12 +168,16 @@ def encode(tokenizer: Any, text: Text, *, for_answer: bool = False) -> list[int]
 
 
 def _positions(positions: Positions, length: int) -> list[int]:
-    if positions is None or isinstance(positions, slice):
-        return list(range(length))[positions or slice(None)]
-    for position in positions:
-        if not isinstance(position, int) or not -length <= position < length:
+    try:
+        if positions is None or isinstance(positions, slice):
+            return list(range(length))[positions or slice(None)]
+        listed = [positions] if is_int(positions) else list(positions)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise NLAError(f"positions={positions!r} are no positions: {error}") from error
+    for position in listed:
+        if not is_int(position) or not -length <= position < length:
             raise NLAError(f"position {position!r} is not in a text of {length} tokens")
-    return [position % length for position in positions]
+    return [int(position) % length for position in listed]
 
 
 def _batches(lengths: Sequence[int], batch_size: int | None) -> list[list[int]]:

@@ -41,9 +41,7 @@ class HFSource:
                 "transformers, TransformerLens or nnsight model, or the name of a checkpoint"
             )
         self.model: Any = model
-        self.tokenizer = (
-            tokenizer if tokenizer is not None else load_tokenizer(str(model.name_or_path))
-        )
+        self.tokenizer = tokenizer if tokenizer is not None else _own_tokenizer(model)
         self._blocks: Any = text_model(model).layers
 
     @property
@@ -88,6 +86,16 @@ class HFSource:
             written.append(chosen)
             step = torch.tensor([[chosen]], device=step.device)
         return written
+
+
+def _own_tokenizer(model: Any) -> Any:
+    path = getattr(model, "name_or_path", "")
+    if not path:
+        raise NLAError(
+            f"this {type(model).__name__} was not loaded from anywhere, so its tokenizer is not "
+            "known; pass tokenizer="
+        )
+    return load_tokenizer(str(path))
 
 
 def load_source(name: str | Path, *, n_blocks: int | None, tokenizer: Any = None) -> HFSource:
