@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import gold
 import measures
 import tokenization
 import torch
+import unfamiliar
 import yaml
 from facts import WordTables
 from generation import reconstruct, verbalize
@@ -150,9 +152,23 @@ def fresh_sample(
 
 
 def explain_text(loaded: Checkpoints, text: str) -> list[str]:
-    """Explains the last position of a text with the replace verbalizer, and two before it."""
+    """Explains every position of a text with the replace verbalizer."""
     sample = collect(loaded.source, [text], loaded.tables, loaded.layer, None, 0)
     return verbalize(loaded.av, loaded.tokenizer, sample.vectors_ND, loaded.scale)
+
+
+def held_out_recognised(loaded: Checkpoints, seed: int, count: int) -> float:
+    """Share of positions called unfamiliar in kinds of strange text that training never saw."""
+    rng = random.Random(seed)
+    texts = [unfamiliar.held_out_document(rng) for _ in range(count)]
+    sample = collect(loaded.source, texts, loaded.tables, loaded.layer, 8, seed)
+    written = verbalize(loaded.av, loaded.tokenizer, sample.vectors_ND, loaded.scale)
+    hits = [
+        measures.is_strange(text)
+        for text, facts in zip(written, sample.facts, strict=True)
+        if facts.kind == "unfamiliar"
+    ]
+    return sum(hits) / max(1, len(hits))
 
 
 def main() -> None:
@@ -184,6 +200,10 @@ def main() -> None:
     known = fresh_sample(loaded, args.seed + 1, args.documents * 12, 5)
     baseline = lookup_baseline(loaded, known, sample)
     print(f"| lookup of the last two tokens: fve_nrm | {baseline:.3f} |")
+    held_out = held_out_recognised(loaded, args.seed, args.documents // 2)
+    print(f"unseen kinds of unfamiliar text recognised: {held_out:.3f}")
+    greedy = verbalize(loaded.av, loaded.tokenizer, sample.vectors_ND, loaded.scale)
+    print("phrasings in use:", measures.phrasings(greedy))
     for text in SENTENCES:
         print(f"\n{text!r}\n  {explain_text(loaded, text)[-1]}")
     picks = torch.randperm(len(sample.facts), generator=torch.Generator().manual_seed(1))

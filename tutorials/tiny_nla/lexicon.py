@@ -26,8 +26,9 @@ PLACES = words(
 
 SHARED = {
     "adj": words(
-        "small big old new quiet busy strange lovely red green blue yellow long short bright dark"
+        "small big old new heavy cheap red green blue yellow long short bright dark"
     ),
+    "tone": words("quiet busy strange lovely terrible wonderful"),
     "mood": words("happy tired proud nervous calm hungry angry glad surprised bored"),
     "time": words("morning evening afternoon night weekend"),
     "day": words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
@@ -118,7 +119,7 @@ VERB_GROUPS = frozenset(
 
 # What a reader would call a word of the group; used to say what kind of word comes next.
 GROUP_LABELS = {
-    "adj": "a describing word", "mood": "a feeling", "time": "a time of day",
+    "adj": "a describing word", "tone": "how it was", "mood": "a feeling", "time": "a time of day",
     "day": "a day of the week", "number": "a number", "kin": "a relative", "room": "a room",
     "name": "a name", "place": "a place",
     "food": "a food", "dish": "a dish", "cookware": "a kitchen tool", "cooked": "a cooking verb",

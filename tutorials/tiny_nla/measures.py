@@ -59,6 +59,31 @@ def invented(text: str, prefix: str) -> bool:
     return any(name.lower() not in said for name in NAME.findall(text))
 
 
+def phrasings(texts: Sequence[str]) -> dict[str, int]:
+    """Counts, for each part of an explanation, the phrasings that occur."""
+    frames = {
+        "about": gold.ABOUT, "about, no subject": gold.ABOUT_UNKNOWN, "unfamiliar": gold.STRANGE,
+        "quote": gold.QUOTE, "quote at the start": gold.QUOTE_WHOLE,
+        "next": gold.NEXT, "next open": gold.NEXT_OPEN,
+    }
+    patterns = {part: [_frame_pattern(frame) for frame in own] for part, own in frames.items()}
+    return {
+        part: sum(any(pattern.search(text) for text in texts) for pattern in own)
+        for part, own in patterns.items()
+    }
+
+
+def _frame_pattern(frame: str) -> re.Pattern[str]:
+    kinds = "|".join(gold.KIND_NOUNS.values())
+    slots = {"{A}": "An?", "{a}": "an?", "{k}": f"(?:{kinds})", "{adj}": r"\w+"}
+    pieces = re.split(r"(\{\w+\}|\[[^]]*\])", frame)
+    body = "".join(
+        slots.get(piece, "[^.]*") if piece[:1] in "{[" and piece else re.escape(piece)
+        for piece in pieces
+    )
+    return re.compile(r"(?:^|[.?] )" + body)
+
+
 def field_accuracy(
     texts: Sequence[str], facts: Sequence[Facts], prefixes: Sequence[str]
 ) -> dict[str, float]:

@@ -64,7 +64,7 @@ SENTENCES = {
         "The {instrument} and the {instrument} were out of tune.",
         "Before the {tune} the {musician} was {mood}.",
         "{S} {sounded} with the {musician} every {day}.",
-        "A {adj} {tune} came from the {room}.",
+        "A {tone} {tune} came from the {room}.",
         "The {musician} asked {him} to bring the {instrument}.",
     ),
     "animals": (
@@ -80,7 +80,7 @@ SENTENCES = {
     "school": (
         "The {teacher} {learned} the {subject} lesson.",
         "{S} {learned} {his} {paper} before the {subject} class.",
-        "The {paper} about {subject} was {adj}.",
+        "The {paper} about {subject} was {tone}.",
         "{S} asked the {teacher} for {a:paper}.",
         "On {day} the {teacher} gave {him} {a:adj} {paper}.",
         "{S} liked {subject} more than {subject}.",
@@ -110,7 +110,7 @@ SENTENCES = {
     "film": (
         "{S} {filmed} at the end of the {film}.",
         "The {filmrole} was {mood} about the {film}.",
-        "The {film} had {a:adj} {cinema} and {a:filmrole}.",
+        "The {film} had {a:tone} {cinema} and {a:filmrole}.",
         "{S} {filmed} when the {filmrole} left the {cinema}.",
         "The {filmrole} and the {filmrole} met in the {cinema}.",
         "{S} saw {a:film} with {his} {kin}.",
@@ -167,21 +167,21 @@ NOTES = (
 )
 OPENERS = (
     "{N} lives in {P}.",
-    "In {P} {N} had {a:adj} {time}.",
+    "In {P} {N} had {a:tone} {time}.",
     "Last {day} {N} was in {P}.",
     "{N} came to {P} with {his} {kin}.",
-    "It was {a:adj} {time} in {P}, and {N} was {mood}.",
+    "It was {a:tone} {time} in {P}, and {N} was {mood}.",
     "My {kin} {N} moved to {P}.",
 )
 NAME_OPENERS = (
     "{N} was {mood} that {time}.",
-    "My {kin} {N} had {a:adj} plan.",
+    "My {kin} {N} had {a:tone} plan.",
     "Everybody knows {N} and {his} {kin}.",
     "This {time} {N} met {his} {kin}.",
 )
 PLACE_OPENERS = (
-    "It was {a:adj} {time} in {P}.",
+    "It was {a:tone} {time} in {P}.",
     "People in {P} still talk about it.",
-    "Every {time} in {P} is {adj}.",
+    "Every {time} in {P} is {tone}.",
     "Not far from {P} there is {a:adj} house.",
 )

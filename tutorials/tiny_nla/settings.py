@@ -15,8 +15,11 @@ class Settings:
         source_blocks, av_blocks, matched_blocks: Numbers of decoder blocks.
         fragments: Learned merges of the tokenizer.
         max_tokens: Documents are cut to this many tokens in training.
-        source_documents, pair_vectors, matched_vectors, refine_vectors: Training set sizes.
+        source_documents, pair_vectors, ar_vectors, matched_vectors, refine_vectors: Training
+            set sizes.
         per_document: Positions sampled per document for the pair.
+        source_batch, pair_batch: Rows per step.
+        source_rate, pair_rate: Highest learning rates.
     """
 
     layer: int = 2
@@ -29,16 +32,15 @@ class Settings:
     fragments: int = 360
     max_tokens: int = 56
     source_documents: int = 100_000
-    pair_vectors: int = 140_000
+    pair_vectors: int = 200_000
     ar_vectors: int = 120_000
-    matched_vectors: int = 140_000
-    refine_vectors: int = 16_000
+    matched_vectors: int = 150_000
+    refine_vectors: int = 4_000
     per_document: int = 5
     source_batch: int = 32
-    pair_batch: int = 48
+    pair_batch: int = 32
     source_rate: float = 3e-3
     pair_rate: float = 2.5e-3
-    autocast: bool = False
 
 
 FULL = Settings()

@@ -24,13 +24,13 @@ IGNORE = -100
 CANDIDATE_SHARE = 0.27
 CLASS_SHARE = 0.5
 GROUPS = tuple(lexicon.GROUP_LABELS)
-FACT_SIZES = {"name": len(NAMES), "place": len(PLACES), "topic": len(TOPICS), "kind": len(KINDS)}
+PAD_ID = 0
 HEAD_WEIGHTS = {
-    "now": 0.3, "before": 0.3, "earlier": 0.3, "name": 0.4, "place": 0.4, "topic": 0.4, "kind": 0.3,
+    "now": 0.5, "before": 0.5, "earlier": 0.5, "name": 1.0, "place": 1.0, "topic": 0.6, "kind": 0.4,
 }
 TOKEN_HEADS = ("now", "before", "earlier")
 NEXT_WEIGHT = 0.5
-SUM_WEIGHT = 4.0
+SUM_WEIGHT = 2.5
 NORM_WEIGHT = 0.05
 
 
@@ -63,47 +63,70 @@ def group_indices(tables: WordTables) -> torch.Tensor:
     return torch.tensor([GROUPS.index(c) if c in GROUPS else -1 for c in tables.classes])
 
 
-class ReadOut(nn.Module):
-    """One linear head per fact on the direction of the residual."""
+class Slots(nn.Module):
+    """The facts as tokens: which vocabulary entry stands for each value of each fact.
 
-    def __init__(self, d_model: int, vocab_size: int):
+    Every fact is expressed in the model's own token embedding, so that a verbalizer only has to
+    learn one linear map per fact, not one direction per word.
+    """
+
+    def __init__(self, tables: WordTables):
         super().__init__()
-        sizes = {**dict.fromkeys(TOKEN_HEADS, vocab_size), **FACT_SIZES}
-        self.heads = nn.ModuleDict({k: nn.Linear(d_model, size) for k, size in sizes.items()})
-        self.next = nn.Linear(d_model, vocab_size)
+        token = tables.tokenizer.token_to_id
+        values = {"name": NAMES, "place": PLACES, "topic": TOPICS, "kind": KINDS}
+        for key, words in values.items():
+            ids = [token(f"Ġ{word}") if word else PAD_ID for word in words]
+            self.register_buffer(key, torch.tensor(ids))
+
+    def entries(self, key: str, embedding_VD: torch.Tensor) -> torch.Tensor:
+        """Returns the embeddings of the values of a fact, all tokens for a token fact."""
+        return embedding_VD if key in TOKEN_HEADS else embedding_VD[getattr(self, key)]
+
+
+class ReadOut(nn.Module):
+    """One linear map per fact from the direction of the residual to the token embedding."""
+
+    def __init__(self, d_model: int, slots: Slots):
+        super().__init__()
+        self.slots = slots
+        self.maps = nn.ModuleDict({k: nn.Linear(d_model, d_model) for k in (*HEAD_WEIGHTS, "next")})
 
     def forward(
-        self, resid_ND: torch.Tensor, labels: dict[str, torch.Tensor], target_N: torch.Tensor
+        self, unit_ND: torch.Tensor, embedding_VD: torch.Tensor, labels: dict[str, torch.Tensor],
+        target_N: torch.Tensor,
     ) -> torch.Tensor:
         """Returns the weighted sum of the heads' cross entropies."""
-        unit_ND = F.normalize(resid_ND, dim=-1) * resid_ND.shape[-1] ** 0.5
-        loss = NEXT_WEIGHT * F.cross_entropy(self.next(unit_ND), target_N, ignore_index=IGNORE)
-        for key, head in self.heads.items():
-            loss = loss + HEAD_WEIGHTS[key] * F.cross_entropy(head(unit_ND), labels[key])
+        scaled_ND = unit_ND * unit_ND.shape[-1] ** 0.5
+        logits_NV = self.maps["next"](scaled_ND) @ embedding_VD.T
+        loss = NEXT_WEIGHT * F.cross_entropy(logits_NV, target_N, ignore_index=IGNORE)
+        for key, weight in HEAD_WEIGHTS.items():
+            logits = self.maps[key](scaled_ND) @ self.slots.entries(key, embedding_VD).T
+            loss = loss + weight * F.cross_entropy(logits, labels[key])
         return loss
 
 
 class FactSum(nn.Module):
-    """Predicts the residual as a sum of one learned vector per fact."""
+    """Predicts the direction of the residual as a sum of one vector per fact."""
 
-    def __init__(self, d_model: int, vocab_size: int):
+    def __init__(self, d_model: int, slots: Slots):
         super().__init__()
-        sizes = {**dict.fromkeys(TOKEN_HEADS, vocab_size), **FACT_SIZES}
-        self.tables = nn.ModuleDict({k: nn.Embedding(size, d_model) for k, size in sizes.items()})
-        self.next_tokens = nn.Linear(vocab_size, d_model, bias=False)
+        self.slots = slots
+        keys = (*HEAD_WEIGHTS, "next")
+        self.maps = nn.ModuleDict({k: nn.Linear(d_model, d_model, bias=False) for k in keys})
         self.next_groups = nn.Embedding(len(GROUPS) + 1, d_model)
-        for table in (*self.tables.values(), self.next_groups):
-            nn.init.normal_(table.weight, std=0.02)
+        nn.init.normal_(self.next_groups.weight, std=0.02)
 
     def forward(
-        self, labels: dict[str, torch.Tensor], likely_NV: torch.Tensor, group_N: torch.Tensor
+        self, embedding_VD: torch.Tensor, labels: dict[str, torch.Tensor],
+        likely_NV: torch.Tensor, group_N: torch.Tensor,
     ) -> torch.Tensor:
         """Returns the predicted directions ``[n, d]`` of the residuals."""
-        total = self.next_tokens(likely_NV.float())
-        total = total + self.next_groups(group_N % (len(GROUPS) + 1))
-        for key, table in self.tables.items():
-            total = total + table(labels[key])
-        return total
+        total_ND = self.maps["next"](likely_NV.float() @ embedding_VD)
+        total_ND = total_ND + self.next_groups(group_N % (len(GROUPS) + 1))
+        for key in HEAD_WEIGHTS:
+            entries = self.slots.entries(key, embedding_VD)
+            total_ND = total_ND + self.maps[key](entries[labels[key]])
+        return total_ND
 
 
 def label_rows(ids: Sequence[int], tables: WordTables) -> dict[str, list[int]]:
@@ -132,8 +155,9 @@ def train_source(
     torch.manual_seed(seed)
     vocab_size = tables.tokenizer.get_vocab_size()
     model = causal_lm(settings, vocab_size, settings.source_blocks)
-    read_out = ReadOut(settings.d_model, vocab_size)
-    fact_sum = FactSum(settings.d_model, vocab_size)
+    slots = Slots(tables)
+    read_out = ReadOut(settings.d_model, slots)
+    fact_sum = FactSum(settings.d_model, slots)
     groups = group_indices(tables)
     rows = [tables.tokenizer.encode(text).ids[: settings.max_tokens] for text in texts]
     steps = -(-len(rows) // settings.source_batch)
@@ -165,22 +189,23 @@ def _losses(
     logits_NV, target_N = out.logits[real_BT], target_BT[real_BT]
     resid_ND = out.hidden_states[settings.layer + 1][real_BT]
     likely_NV, group_N = expected_next(logits_NV.detach(), groups)
-    predicted_ND = fact_sum(labels, likely_NV, group_N)
+    unit_ND = F.normalize(resid_ND, dim=-1)
+    embedding_VD = model.get_input_embeddings().weight
+    predicted_ND = fact_sum(embedding_VD, labels, likely_NV, group_N)
     log_norm_N = (resid_ND.norm(dim=-1) / settings.d_model**0.5).log()
     return {
         "lm": F.cross_entropy(logits_NV, target_N, ignore_index=IGNORE),
-        "heads": read_out(resid_ND, labels, target_N),
-        "sum": SUM_WEIGHT * _unexplained(predicted_ND, resid_ND),
+        "heads": read_out(unit_ND, embedding_VD, labels, target_N),
+        "sum": SUM_WEIGHT * _unexplained(predicted_ND, unit_ND),
         "norm": NORM_WEIGHT * log_norm_N.square().mean(),
     }
 
 
-def _unexplained(predicted_ND: torch.Tensor, resid_ND: torch.Tensor) -> torch.Tensor:
+def _unexplained(predicted_ND: torch.Tensor, unit_ND: torch.Tensor) -> torch.Tensor:
     """Share of the variance of the residuals' directions that the prediction leaves over.
 
     Relative to the variance, because an absolute error could be lowered by giving all residuals
     one large common component.
     """
-    unit_ND = F.normalize(resid_ND, dim=-1)
     spread = 1 - unit_ND.mean(0).square().sum()
     return (predicted_ND - unit_ND).square().sum(-1).mean() / spread

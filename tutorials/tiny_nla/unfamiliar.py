@@ -161,7 +161,7 @@ def _prose(rng: random.Random) -> str:
         nouns += [_pseudo_word(rng) for _ in range(12)]
     if rng.random() < 0.15:
         nouns += rng.sample(NAMES, 6)
-    return " ".join(_sentence(rng, nouns) for _ in range(rng.randint(1, 3)))
+    return " ".join(_sentence(rng, nouns) for _ in range(rng.randint(1, 2)))
 
 
 def _fill_code(rng: random.Random, text: str) -> str:
