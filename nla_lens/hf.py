@@ -41,16 +41,19 @@ def load_causal_lm(
     dtype: Any = None,
     device: Any = None,
     device_map: Any = None,
+    quantization_config: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal LM in eval mode; `dtype` None is what config.json says.
+
+    `quantization_config` is transformers' own (a `BitsAndBytesConfig`, say); None is config.json's.
 
     Raises:
         NLAError: The directory holds no such model, or weights are missing.
     """
     from transformers import AutoModelForCausalLM
 
-    placing = (dtype, device, device_map, trust_remote_code)
+    placing = (dtype, device, device_map, quantization_config, trust_remote_code)
     base = adapter_base(path)
     options = {"config": _load_config(base or path, trust_remote_code)}
     model = _load(AutoModelForCausalLM, base or path, options, *placing, may_miss=())
@@ -64,6 +67,7 @@ def load_backbone(
     dtype: Any = None,
     device: Any = None,
     device_map: Any = None,
+    quantization_config: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The blocks of a model without lm_head and final norm: its output is the residual stream.
@@ -74,6 +78,7 @@ def load_backbone(
         dtype: As in `load_causal_lm`.
         device: As in `load_causal_lm`.
         device_map: As in `load_causal_lm`.
+        quantization_config: As in `load_causal_lm`.
         trust_remote_code: As in `load_causal_lm`.
 
     Raises:
@@ -85,7 +90,7 @@ def load_backbone(
     config = _load_config(base or path, trust_remote_code)
     if n_blocks is not None:
         truncate(config, n_blocks, path)
-    placing = (dtype, device, device_map, trust_remote_code)
+    placing = (dtype, device, device_map, quantization_config, trust_remote_code)
     if base is None:
         # An lm_head in the file is simply not looked at; the final norm may be absent.
         options = {"config": config, **_renaming(config)}
@@ -137,9 +142,13 @@ def _load(
     dtype: Any,
     device: Any,
     device_map: Any,
+    quantization_config: Any,
     trust_remote_code: bool,
     may_miss: tuple[str, ...],
 ) -> PreTrainedModel:
+    if quantization_config is not None:
+        # Not passed on as None: that would hide the one in config.json.
+        options = {**options, "quantization_config": quantization_config}
     with _clear_errors(path, "model"), _quiet_transformers():
         model, report = auto_class.from_pretrained(
             str(path),

@@ -56,6 +56,7 @@ class NLA:
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         device_map: Any = None,
+        quantization_config: Any = None,
         revision: str | None = None,
         injection: str | None = None,
         injection_scale: float | None = None,
@@ -73,6 +74,7 @@ class NLA:
             dtype: Of the weights; None is what config.json says.
             device: Where the weights go; None is the CPU.
             device_map: Instead of `device`: accelerate's way to spread a model.
+            quantization_config: transformers' own, to load in 8 or 4 bits.
             revision: Branch, tag or commit on the hub.
             injection: "replace" or "norm_matched_add"; None takes the sidecar's or the known
                 release's.
@@ -86,7 +88,9 @@ class NLA:
             NLAError: Not found, not an NLA, incomplete or contradictory.
         """
         av, ar = name_halves(name, av, ar)
-        placement = Placement(torch_dtype(dtype), device, device_map, trust_remote_code)
+        placement = Placement(
+            torch_dtype(dtype), device, device_map, quantization_config, trust_remote_code
+        )
         wishes = (revision, injection, injection_scale, layer, engine)
         nla = cls(*load_halves(Request(av, ar, placement, *wishes)))
         nla._remote = remote_host(per_half(engine)["source"])

@@ -76,6 +76,7 @@ class Placement:
     dtype: Any = None
     device: Any = None
     device_map: Any = None
+    quantization_config: Any = None
     trust_remote_code: bool = False
 
 
