@@ -121,8 +121,7 @@ class TransformerLensSource:
     @torch.inference_mode()
     def resid(self, ids_BT: Tensor, place: ResidPost) -> Tensor:
         """`[B, T, d]`; blocks after `place.layer` do not run."""
-        _, cache = type(self.model).run_with_cache(
-            self.model,
+        _, cache = self.model.run_with_cache(
             ids_BT.to(self.model.cfg.device),
             return_type=None,
             return_cache_object=False,

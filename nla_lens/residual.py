@@ -91,8 +91,7 @@ class ResidualTensor(torch.Tensor):
                 f"a residual of shape {tuple(resid.shape)} cannot come from positions of shape "
                 f"{tuple(origin.where_LX3.shape[:-1])}"
             )
-        with torch._C.DisableTorchFunctionSubclass():
-            wrapped = resid.as_subclass(ResidualTensor)
+        wrapped = resid.as_subclass(ResidualTensor)
         wrapped._origin = origin
         return wrapped
 
@@ -130,8 +129,7 @@ class ResidualTensor(torch.Tensor):
 
     def as_ordinary(self) -> torch.Tensor:
         """The same memory as a plain `torch.Tensor`."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(torch.Tensor)
+        return self.as_subclass(torch.Tensor)
 
     def _known(self) -> Origin | None:
         """Where the vectors came from; None after `t_()` and the like, which move them about."""

@@ -162,12 +162,14 @@ INTO_D_MODEL: dict[str, Callable[[Tensor], Tensor]] = {
     "some coordinates": lambda x: x[..., :2],
     "listed coordinates": lambda x: x[..., [0, 1]],
     "masked coordinates": lambda x: x[x > 0],
+    "coordinates of an old mask": lambda x: x[(x > 0).to(torch.uint8)],
     "coordinates of a vector": lambda x: x[0, 1][2:],
     "an axis behind d_model": lambda x: x[..., None],
     "an axis behind d_model by position": lambda x: x[:, :, :, None],
 }
 
 
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
 @pytest.mark.parametrize("take", INTO_D_MODEL.values(), ids=INTO_D_MODEL)
 def test_indexing_into_d_model_gives_ordinary_tensors(take: Callable[[Tensor], Tensor]) -> None:
     taken = take(make())
