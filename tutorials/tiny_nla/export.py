@@ -57,7 +57,8 @@ def export_sidecar(
     prompt = av_prompt_ids(tokenizer)
     marker_id = tokenizer.token_to_id(tokenization.MARKER)
     marker = prompt.index(marker_id)
-    extraction: dict[str, object] = {"injection_scale": injection_scale}
+    # All positions are trained on, so none is flagged as too early.
+    extraction: dict[str, object] = {"injection_scale": injection_scale, "min_position": 0}
     if role == "av":
         extraction["injection_rule"] = rule
     else:
