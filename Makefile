@@ -1,6 +1,8 @@
 # Needs Python 3.10 to 3.13 and make, nothing else. `make` alone lists the targets.
 
 PYTHON ?= python3
+# NDIF's server runs on Python 3.12 or 3.13.
+PYTHON312 ?= python3.12
 PYTEST_ARGS ?=
 
 # The models in the demo and the tests are small: one thread is as fast as many on an idle machine,
@@ -10,7 +12,7 @@ TOKENIZERS_PARALLELISM ?= false
 PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
-.PHONY: help demo test test-courses test-sae-lens clean
+.PHONY: help demo test test-courses test-sae-lens test-ndif clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -34,8 +36,13 @@ test-courses: .venv-courses/.test  ## run the suite with transformer-lens 2.18 a
 test-sae-lens: .venv-sae-lens/.test  ## run the suite with sae-lens and transformer-lens 3.9
 	HF_HUB_OFFLINE=1 .venv-sae-lens/bin/python -m pytest $(PYTEST_ARGS)
 
+test-ndif: .venv-ndif/.test  ## test against a real NDIF server; needs Python 3.12 and redis-server
+	@command -v redis-server >/dev/null || { \
+	  echo "nla-lens: there is no redis-server here; Debian has it in a package of that name." >&2; exit 1; }
+	NLA_LENS_TEST_NDIF=1 HF_HUB_OFFLINE=1 .venv-ndif/bin/python -m pytest tests/test_ndif_server.py $(PYTEST_ARGS)
+
 clean:  ## remove the environments, caches and build leftovers
-	rm -rf .venv .venv-courses .venv-sae-lens build dist nla_lens.egg-info
+	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif build dist nla_lens.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -62,6 +69,14 @@ comma := ,
 
 .venv-sae-lens/.test: .venv-sae-lens/.python pyproject.toml constraints/sae-lens.txt
 	$(call install,transformer-lens$(comma)sae$(comma)lora$(comma)dev,sae-lens)
+
+.venv-ndif/.test: .venv-ndif/.python pyproject.toml constraints/ndif.txt
+	@echo "Installing an NDIF server into $(@D): some minutes and 5.5 GB the first time"
+	@$(@D)/bin/python -m pip install -q -e '.[nnsight]' 'ndif[api,ray]' 'moto[server]' \
+	  pytest pytest-timeout -c constraints/ndif.txt
+	@touch $@
+
+.venv-ndif/.python: PYTHON = $(PYTHON312)
 
 %/.python:
 	@command -v "$(PYTHON)" >/dev/null || { \
