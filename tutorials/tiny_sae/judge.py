@@ -33,6 +33,7 @@ import corpus  # noqa: E402
 
 SEED, DOCUMENTS, LATENTS, TOP = 9_200_001, 1500, 50, 20
 SHARE, LIFT = 0.6, 3.0
+TRUSTED = 0.5
 STRANGE = re.compile(r"nfamiliar|do not recognise|not look like anything|Strange text")
 ADJECTIVES = {"medicine": "medical", "animals": "animal"}
 Theme = tuple[str, str]
@@ -189,6 +190,7 @@ def _report(
         lines.append(
             f"| {name} | {share_named(texts, themes):.0%} | {by_chance(texts, themes):.0%} |"
         )
+    lines += ["", _by_cos(found, themes)]
     lines += ["", "| 200 residuals | cos | fve_nrm | size |", "|---|---|---|---|"]
     picked = torch.randperm(len(at.resid_ND), generator=torch.Generator().manual_seed(0))[:200]
     lines += compare(nla, sae, at.resid_ND[picked])
@@ -203,9 +205,22 @@ def _report(
     return "\n".join(lines) + "\n"
 
 
+def _by_cos(found: FeatureExplanations, themes: Sequence[Sequence[Theme]]) -> str:
+    """Whether the AR's own score tells which texts to trust."""
+    halves = []
+    for trusted in (True, False):
+        at = [n for n, e in enumerate(found) if ((e.cos or 0.0) >= TRUSTED) is trusted]
+        share = share_named([found[n].text for n in at], [themes[n] for n in at]) if at else 0.0
+        halves.append(f"{share:.0%} of {len(at)}")
+    return (
+        f"Of the texts for rows whose reconstruction has cos {TRUSTED} or more, {halves[0]} name "
+        f"what the latent fires on; of the others {halves[1]}."
+    )
+
+
 def _condition(sae: object, at: Positions, n_alive: int) -> str:
     return (
-        f"{sae!r}; {len(at.themes)} positions of {DOCUMENTS} fresh documents; {n_alive} latents "
+        f"`{sae!r}`; {len(at.themes)} positions of {DOCUMENTS} fresh documents; {n_alive} latents "
         f"are active at {TOP} positions or more, {LATENTS} of them drawn."
     )
 
