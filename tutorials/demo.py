@@ -14,8 +14,8 @@ import nla_lens
 from nla_lens.display import to_table
 
 SENTENCES = (
-    "Maria is in Lisbon. She chops the onion and heats the oil in the pan.",
-    "The two governments signed the treaty after a long dispute.",
+    "Nora lives in Naples. The fox chased the dog out of the kennel.",
+    "The two governments signed a treaty.",
 )
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     nla = nla_lens.NLA.from_pretrained("tiny")
     model = TransformerBridge.boot_transformers(nla.spec.source_model)
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(nla)
+    console.print(f"Reading {nla.spec.hook_name} (d_model {nla.spec.d_model}) in TransformerLens:")
     with nla_lens.attach(model, nla):
         for sentence in sentences:
             _, cache = model.run_with_cache(sentence)
