@@ -60,9 +60,9 @@ class Run:
 
     def _ids(self) -> Tensor | None:
         """Token ids `[B, T]`, -1 for each where a residual stream or embeddings came in instead."""
-        given = self._said.get("input")
-        if self._said.get("start_at_layer") is None and self._seen:
+        if self._seen:
             return self._seen[0]
+        given = self._said.get("input")
         if not isinstance(given, Tensor) or given.ndim != 3:
             return None
         named = self._said.get("tokens")
