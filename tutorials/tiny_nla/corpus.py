@@ -117,8 +117,11 @@ def _fill(rng: random.Random, text: str, topic: str, person: Person, place: str)
     def draw(match: re.Match[str]) -> str:
         article, slot = match.groups()
         fixed = {
-            "N": person.name or person.subject, "P": place, "s": person.subject,
-            "his": person.possessive, "him": person.object,
+            "N": person.name or person.subject,
+            "P": place,
+            "s": person.subject,
+            "his": person.possessive,
+            "him": person.object,
         }
         if slot == "S":
             use_name = person.name is not None and rng.random() < 0.35

@@ -81,9 +81,14 @@ def load(folder: Path) -> Checkpoints:
     ar.value_head = nn.Linear(*head.shape, bias=False)
     ar.value_head.weight.data = head
     return Checkpoints(
-        models["source"], models["av"], models["av_norm_matched"], ar.eval(), tokenizer,
+        models["source"],
+        models["av"],
+        models["av_norm_matched"],
+        ar.eval(),
+        tokenizer,
         WordTables(tokenizer, tokenization.familiar_pieces(0)),
-        sidecar["extraction_layer_index"], av_sidecar["extraction"]["injection_scale"],
+        sidecar["extraction_layer_index"],
+        av_sidecar["extraction"]["injection_scale"],
         sidecar["extraction"]["var_nrm"],
     )
 
@@ -182,8 +187,12 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
     loaded = load(args.dir)
-    prompt = [{"role": "user", "content": tokenization.AV_PROMPT.replace(
-        "{injection_char}", tokenization.MARKER)}]
+    prompt = [
+        {
+            "role": "user",
+            "content": tokenization.AV_PROMPT.replace("{injection_char}", tokenization.MARKER),
+        }
+    ]
     chat = AutoTokenizer.from_pretrained(args.dir / "av").apply_chat_template(
         prompt, tokenize=True, add_generation_prompt=True
     )

@@ -38,9 +38,15 @@ def export_reconstructor(
 
 
 def export_sidecar(
-    folder: Path, role: str, tokenizer: Tokenizer, settings: Settings, *,
-    injection_scale: float | None = None, rule: str | None = None,
-    var_nrm: float | None = None, trained_on: list[str],
+    folder: Path,
+    role: str,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    *,
+    injection_scale: float | None = None,
+    rule: str | None = None,
+    var_nrm: float | None = None,
+    trained_on: list[str],
 ) -> None:
     """Writes ``nla_meta.yaml``.
 
@@ -85,14 +91,18 @@ def export_sidecar(
     }
     if role == "ar":
         meta["ar"] = {
-            "num_hidden_layers": settings.layer, "extraction_layer_index": settings.layer,
+            "num_hidden_layers": settings.layer,
+            "extraction_layer_index": settings.layer,
         }
     text = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
     _text(folder / "nla_meta.yaml", text)
 
 
 def _write(
-    folder: Path, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, settings: Settings,
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    settings: Settings,
     blocks: int,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)

@@ -76,8 +76,11 @@ class WordTables:
         ]
         self.starts = [word in lexicon.QUESTION_STARTS for word in words]
         self.classes = [
-            "name" if self.names[i] else "place" if self.places[i] else by_group.get(word)
-            or self._plain_class(i)
+            "name"
+            if self.names[i]
+            else "place"
+            if self.places[i]
+            else by_group.get(word) or self._plain_class(i)
             for i, word in enumerate(words)
         ]
 
@@ -115,8 +118,14 @@ class WordTables:
             quote, whole = self.quote(ids[: position + 1]) if quotes else ("", False)
             out.append(
                 Facts(
-                    position, kind, None if kind == "unfamiliar" else topic, name, place,
-                    quote, whole, self.classes[token],
+                    position,
+                    kind,
+                    None if kind == "unfamiliar" else topic,
+                    name,
+                    place,
+                    quote,
+                    whole,
+                    self.classes[token],
                 )
             )
         return out
@@ -139,8 +148,12 @@ class WordTables:
         """Returns how an explanation calls a token that is expected next."""
         text = self.surface[token]
         plain = {
-            ".": "a full stop", ",": "a comma", "?": "a question mark", ":": "a colon",
-            "</s>": "the end of the text", "\n": "a new line",
+            ".": "a full stop",
+            ",": "a comma",
+            "?": "a question mark",
+            ":": "a colon",
+            "</s>": "the end of the text",
+            "\n": "a new line",
         }
         return plain.get(text.strip(" "), f"“{text.strip()}”" if text.strip() else "a space")
 

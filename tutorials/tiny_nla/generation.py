@@ -17,8 +17,13 @@ MAX_NEW_TOKENS = 80
 
 @torch.no_grad()
 def verbalize(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, vectors_ND: torch.Tensor,
-    scale: float | None, temperature: float = 0.0, seed: int = 0, batch: int = 256,
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    vectors_ND: torch.Tensor,
+    scale: float | None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch: int = 256,
 ) -> list[str]:
     """Explains vectors.
 

@@ -132,8 +132,11 @@ def _about(facts: Facts, style: int) -> str:
     adjective = _adjective(facts.topic)
     article = _article(adjective)
     fills = {
-        "{A}": article.capitalize(), "{a}": article, "{adj}": adjective,
-        "{topic}": facts.topic, "{Topic}": facts.topic.capitalize(),
+        "{A}": article.capitalize(),
+        "{a}": article,
+        "{adj}": adjective,
+        "{topic}": facts.topic,
+        "{Topic}": facts.topic.capitalize(),
     }
     for slot, fill in fills.items():
         frame = frame.replace(slot, fill)

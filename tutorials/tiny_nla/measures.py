@@ -62,9 +62,13 @@ def invented(text: str, prefix: str) -> bool:
 def phrasings(texts: Sequence[str]) -> dict[str, int]:
     """Counts, for each part of an explanation, the phrasings that occur."""
     frames = {
-        "about": gold.ABOUT, "about, no subject": gold.ABOUT_UNKNOWN, "unfamiliar": gold.STRANGE,
-        "quote": gold.QUOTE, "quote at the start": gold.QUOTE_WHOLE,
-        "next": gold.NEXT, "next open": gold.NEXT_OPEN,
+        "about": gold.ABOUT,
+        "about, no subject": gold.ABOUT_UNKNOWN,
+        "unfamiliar": gold.STRANGE,
+        "quote": gold.QUOTE,
+        "quote at the start": gold.QUOTE_WHOLE,
+        "next": gold.NEXT,
+        "next open": gold.NEXT_OPEN,
     }
     patterns = {part: [_frame_pattern(frame) for frame in own] for part, own in frames.items()}
     return {

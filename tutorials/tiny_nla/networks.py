@@ -16,10 +16,18 @@ INJECTION_BLOCK = 1
 def causal_lm(settings: Settings, vocab_size: int, blocks: int) -> LlamaForCausalLM:
     """Builds a freshly initialised Llama of the small size."""
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=settings.d_model, intermediate_size=settings.mlp,
-        num_hidden_layers=blocks, num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads, max_position_embeddings=512, rms_norm_eps=1e-6,
-        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=vocab_size,
+        hidden_size=settings.d_model,
+        intermediate_size=settings.mlp,
+        num_hidden_layers=blocks,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     return LlamaForCausalLM(config)
 

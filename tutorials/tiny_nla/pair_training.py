@@ -29,8 +29,14 @@ def ar_prompt_ids(tokenizer: Tokenizer, explanation: str) -> list[int]:
 
 
 def train_verbalizer(
-    settings: Settings, model: LlamaForCausalLM, tokenizer: Tokenizer,
-    vectors_ND: torch.Tensor, texts: Sequence[str], scale: float | None, seed: int, stage: str,
+    settings: Settings,
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    vectors_ND: torch.Tensor,
+    texts: Sequence[str],
+    scale: float | None,
+    seed: int,
+    stage: str,
 ) -> None:
     """Trains a verbalizer in place on pairs of vector and explanation.
 
@@ -69,8 +75,14 @@ def train_verbalizer(
 
 
 def train_reconstructor(
-    settings: Settings, model: Reconstructor, tokenizer: Tokenizer,
-    vectors_ND: torch.Tensor, texts: Sequence[str], rate: float, seed: int, stage: str,
+    settings: Settings,
+    model: Reconstructor,
+    tokenizer: Tokenizer,
+    vectors_ND: torch.Tensor,
+    texts: Sequence[str],
+    rate: float,
+    seed: int,
+    stage: str,
 ) -> None:
     """Trains a reconstructor in place; the loss is the mse of normalised vectors, 2 (1 - cos).
 

@@ -64,9 +64,7 @@ class Progress:
         self.last, self.sums, self.count = now, {}, 0
 
 
-def batches_by_length(
-    lengths: Sequence[int], batch: int, seed: int
-) -> Iterator[torch.Tensor]:
+def batches_by_length(lengths: Sequence[int], batch: int, seed: int) -> Iterator[torch.Tensor]:
     """Yields index batches of similar lengths, in random order, every index once.
 
     Similar lengths waste little padding; sorting is done within large random chunks, so

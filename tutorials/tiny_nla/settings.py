@@ -45,7 +45,11 @@ class Settings:
 
 FULL = Settings()
 QUICK = replace(
-    FULL, source_documents=3000, pair_vectors=3000, ar_vectors=3000, matched_vectors=1500,
+    FULL,
+    source_documents=3000,
+    pair_vectors=3000,
+    ar_vectors=3000,
+    matched_vectors=1500,
     refine_vectors=300,
 )
 
@@ -53,6 +57,10 @@ QUICK = replace(
 def scaled(settings: Settings, factor: float) -> Settings:
     """Returns settings with all training set sizes multiplied by a factor."""
     names = (
-        "source_documents", "pair_vectors", "ar_vectors", "matched_vectors", "refine_vectors",
+        "source_documents",
+        "pair_vectors",
+        "ar_vectors",
+        "matched_vectors",
+        "refine_vectors",
     )
     return replace(settings, **{n: max(64, int(getattr(settings, n) * factor)) for n in names})

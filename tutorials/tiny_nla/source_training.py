@@ -26,7 +26,13 @@ CLASS_SHARE = 0.5
 GROUPS = tuple(lexicon.GROUP_LABELS)
 PAD_ID = 0
 HEAD_WEIGHTS = {
-    "now": 0.5, "before": 0.5, "earlier": 0.5, "name": 1.0, "place": 1.0, "topic": 0.6, "kind": 0.4,
+    "now": 0.5,
+    "before": 0.5,
+    "earlier": 0.5,
+    "name": 1.0,
+    "place": 1.0,
+    "topic": 0.6,
+    "kind": 0.4,
 }
 TOKEN_HEADS = ("now", "before", "earlier")
 NEXT_WEIGHT = 0.5
@@ -92,7 +98,10 @@ class ReadOut(nn.Module):
         self.maps = nn.ModuleDict({k: nn.Linear(d_model, d_model) for k in (*HEAD_WEIGHTS, "next")})
 
     def forward(
-        self, unit_ND: torch.Tensor, embedding_VD: torch.Tensor, labels: dict[str, torch.Tensor],
+        self,
+        unit_ND: torch.Tensor,
+        embedding_VD: torch.Tensor,
+        labels: dict[str, torch.Tensor],
         target_N: torch.Tensor,
     ) -> torch.Tensor:
         """Returns the weighted sum of the heads' cross entropies."""
@@ -117,8 +126,11 @@ class FactSum(nn.Module):
         nn.init.normal_(self.next_groups.weight, std=0.02)
 
     def forward(
-        self, embedding_VD: torch.Tensor, labels: dict[str, torch.Tensor],
-        likely_NV: torch.Tensor, group_N: torch.Tensor,
+        self,
+        embedding_VD: torch.Tensor,
+        labels: dict[str, torch.Tensor],
+        likely_NV: torch.Tensor,
+        group_N: torch.Tensor,
     ) -> torch.Tensor:
         """Returns the predicted directions ``[n, d]`` of the residuals."""
         total_ND = self.maps["next"](likely_NV.float() @ embedding_VD)
@@ -133,7 +145,9 @@ def label_rows(ids: Sequence[int], tables: WordTables) -> dict[str, list[int]]:
     """Returns the label of every head at every position of one text."""
     facts = tables.prefix_facts(ids, quotes=False)
     return {
-        "now": list(ids), "before": [0, *ids[:-1]], "earlier": [0, 0, *ids[:-2]][: len(ids)],
+        "now": list(ids),
+        "before": [0, *ids[:-1]],
+        "earlier": [0, 0, *ids[:-2]][: len(ids)],
         "name": [NAMES.index(f.name) for f in facts],
         "place": [PLACES.index(f.place) for f in facts],
         "topic": [TOPICS.index(f.topic) for f in facts],
@@ -173,8 +187,13 @@ def train_source(
 
 
 def _losses(
-    model: LlamaForCausalLM, read_out: ReadOut, fact_sum: FactSum, batch: list[list[int]],
-    tables: WordTables, groups: torch.Tensor, settings: Settings,
+    model: LlamaForCausalLM,
+    read_out: ReadOut,
+    fact_sum: FactSum,
+    batch: list[list[int]],
+    tables: WordTables,
+    groups: torch.Tensor,
+    settings: Settings,
 ) -> dict[str, torch.Tensor]:
     ids_BT = pad(batch, 0)
     real_BT = pad([[1] * len(row) for row in batch], 0).bool()

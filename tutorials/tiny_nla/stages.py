@@ -108,8 +108,14 @@ def ar(run: Run) -> None:
     model = Reconstructor(run.settings, tables.tokenizer.get_vocab_size())
     warm_start(model, run.source(tables))
     train_reconstructor(
-        run.settings, model, tables.tokenizer, sample.vectors_ND, texts,
-        run.settings.pair_rate, run.seed, "ar",
+        run.settings,
+        model,
+        tables.tokenizer,
+        sample.vectors_ND,
+        texts,
+        run.settings.pair_rate,
+        run.seed,
+        "ar",
     )
     run.save("ar", model.state_dict())
 
@@ -149,13 +155,22 @@ def export_all(run: Run) -> None:
         folder = run.out / name
         export.export_causal_lm(folder, _av(run, tables, name), tokenizer, settings, blocks)
         export.export_sidecar(
-            folder, "av", tokenizer, settings, injection_scale=scale, rule=rule,
+            folder,
+            "av",
+            tokenizer,
+            settings,
+            injection_scale=scale,
+            rule=rule,
             trained_on=TRAINED_ON,
         )
     reconstructor = _ar(run, tables, "ar_refined")
     export.export_reconstructor(run.out / "ar", reconstructor, tokenizer, settings)
     export.export_sidecar(
-        run.out / "ar", "ar", tokenizer, settings, var_nrm=round(figures["var"], 5),
+        run.out / "ar",
+        "ar",
+        tokenizer,
+        settings,
+        var_nrm=round(figures["var"], 5),
         trained_on=TRAINED_ON,
     )
 
@@ -195,6 +210,10 @@ def _ar(run: Run, tables: WordTables, name: str = "ar") -> Reconstructor:
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
-    "source": source, "av": av, "ar": ar, "av_norm_matched": av_norm_matched,
-    "refine": refine, "export": export_all,
+    "source": source,
+    "av": av,
+    "ar": ar,
+    "av_norm_matched": av_norm_matched,
+    "refine": refine,
+    "export": export_all,
 }

@@ -21,8 +21,14 @@ from tokenizers.trainers import BpeTrainer
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 MARKER = "㈎"
 PLAIN_TOKENS = (
-    "<concept>", "</concept>", "<explanation>", "</explanation>", "<text>", "</text>",
-    "<summary>", MARKER,
+    "<concept>",
+    "</concept>",
+    "<explanation>",
+    "</explanation>",
+    "<text>",
+    "</text>",
+    "<summary>",
+    MARKER,
 )
 AV_PROMPT = "Explain: <concept>{injection_char}</concept>"
 AR_PROMPT = "Summary of the following text: <text>{explanation}</text> <summary>"
@@ -66,7 +72,8 @@ def build(seed: int, fragments: int) -> Tokenizer:
     plain = [AddedToken(token, special=False, normalized=False) for token in PLAIN_TOKENS]
     tokenizer.add_tokens(plain)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B",
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
         special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
     return tokenizer
@@ -87,7 +94,9 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the tokenizer files that both transformers 4 and 5 read."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 512,
         "padding_side": "right",

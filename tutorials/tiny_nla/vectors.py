@@ -33,8 +33,13 @@ class Sample:
 
 @torch.no_grad()
 def collect(
-    source: LlamaForCausalLM, texts: Sequence[str], tables: WordTables, layer: int,
-    per_document: int | None, seed: int, max_tokens: int = 500,
+    source: LlamaForCausalLM,
+    texts: Sequence[str],
+    tables: WordTables,
+    layer: int,
+    per_document: int | None,
+    seed: int,
+    max_tokens: int = 500,
 ) -> Sample:
     """Runs the source model over texts and keeps some or all positions.
 
