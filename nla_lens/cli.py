@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -92,7 +94,13 @@ def cli() -> None:
     help='Which tokens: "3", "-1", "0,5,-2", "2:8"; default: all.',
 )
 @click.option("--model", help="Source model: directory or hub repository; default: the NLA's own.")
-@click.option("--generate", default=0, show_default=True, help="Also explain N tokens it writes.")
+@click.option(
+    "--generate",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Also explain N tokens it writes.",
+)
 @click.option("--max-new-tokens", default=200, show_default=True, help="Longest explanation.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 is argmax.")
 @click.option("--num-samples", default=1, show_default=True, help="Best of N; needs a temperature.")
@@ -117,6 +125,8 @@ def explain(
     """
     from nla_lens.display import to_table
 
+    if html and not Path(html).absolute().parent.is_dir():
+        raise NLAError(f"--html {html!r}: there is no such folder")
     if text == "-":
         text = sys.stdin.read()
     wished = {k: options.pop(k) for k in _EXPLAIN_OPTIONS}
@@ -132,9 +142,18 @@ def explain(
     if html:
         found.to_html(html)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+        click.echo(json.dumps(_finite(found.to_dict()), ensure_ascii=False))
     else:
         print_table(to_table(found.flat))
+
+
+def _finite(values: Any) -> Any:
+    """The same with null for the numbers JSON does not have, such as the score of a NaN."""
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 _EXPLAIN_OPTIONS = ("max_new_tokens", "temperature", "num_samples", "seed", "batch_size")
@@ -165,7 +184,13 @@ def info(checkpoint: str, as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("checkpoint", default="tiny")
 @click.option("--ar", help="Reconstructor, where CHECKPOINT is a verbalizer alone.")
-@click.option("--vectors", default=8, show_default=True, help="How many vectors are injected.")
+@click.option(
+    "--vectors",
+    type=click.IntRange(min=2),
+    default=8,
+    show_default=True,
+    help="How many vectors are injected.",
+)
 @_with(_LOADING)
 @click.pass_context
 def check(context: click.Context, /, checkpoint: str, vectors: int, **options: Any) -> None:
@@ -226,6 +251,9 @@ def main() -> None:
     """Entry point: bad input is one line on stderr and exit status 2."""
     try:
         sys.exit(cli.main(prog_name="nla-lens", standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else error.format_message(), err=True)
+        sys.exit(2)
     except click.exceptions.Abort:
         _fail("interrupted", 130)
     except KeyboardInterrupt:

@@ -171,7 +171,7 @@ def _positions(positions: Positions, length: int) -> list[int]:
     try:
         if positions is None or isinstance(positions, slice):
             return list(range(length))[positions or slice(None)]
-        listed = [positions] if is_int(positions) else list(positions)  # type: ignore[arg-type]
+        listed: list[Any] = [positions] if is_int(positions) else list(positions)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise NLAError(f"positions={positions!r} are no positions: {error}") from error
     for position in listed:

@@ -166,7 +166,8 @@ def _load(
             f"{list(report['mismatched_keys'])[:5]}"
         )
     if device is not None and device_map is None:
-        model = model.to(device)
+        with _clear_errors(path, "model"):
+            model = model.to(device)
     return _frozen(model)
 
 

@@ -101,6 +101,24 @@ def _fetch_head(ar: Checkpoint) -> None:
         ) from error
 
 
+def torch_device(device: Any) -> Any:
+    """A torch device from its name; None is passed on.
+
+    Raises:
+        NLAError: No such device, or not on this machine.
+    """
+    import torch
+
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    # PyTorch without CUDA raises an AssertionError.
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise NLAError(f"device={device!r} cannot be used on this machine: {reason}") from error
+
+
 def torch_dtype(dtype: Any) -> Any:
     """A torch dtype from its name; anything else is passed on.
 

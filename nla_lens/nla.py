@@ -17,7 +17,7 @@ from nla_lens.errors import NLAError
 from nla_lens.explaining import Options, explain_batch
 from nla_lens.explanation import Explanation, Explanations
 from nla_lens.extraction import Positions, Text, open_source, read_text
-from nla_lens.loading import Request, load_halves, torch_dtype
+from nla_lens.loading import Request, load_halves, torch_device, torch_dtype
 from nla_lens.progress import with_progress
 from nla_lens.reconstructor import Reconstructor, check_texts
 from nla_lens.spec import NLASpec
@@ -89,7 +89,11 @@ class NLA:
         """
         av, ar = name_halves(name, av, ar)
         placement = Placement(
-            torch_dtype(dtype), device, device_map, quantization_config, trust_remote_code
+            torch_dtype(dtype),
+            torch_device(device),
+            device_map,
+            quantization_config,
+            trust_remote_code,
         )
         wishes = (revision, injection, injection_scale, layer, engine)
         nla = cls(*load_halves(Request(av, ar, placement, *wishes)))
