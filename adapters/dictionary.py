@@ -155,6 +155,11 @@ class Dictionary:
         )
 
     @property
+    def hook_name(self) -> str | None:
+        """Where it reads, TransformerLens' spelling; None when not known."""
+        return self.cfg.hook_name
+
+    @property
     def W_dec(self) -> Tensor:
         """The directions, `[d_sae, d]` float32."""
         return self.decoder.whole()
@@ -235,7 +240,9 @@ def check_indices(indices: Any, d_sae: int) -> list[int]:
     Raises:
         NLAError: No integer, or not from 0 to d_sae - 1.
     """
-    listed = [indices] if is_int(indices) else list(indices)
+    # Of arrays and tensors the entries are no integers.
+    given = indices.tolist() if hasattr(indices, "tolist") else indices
+    listed = [given] if is_int(given) else list(given)
     for index in listed:
         if not is_int(index) or not 0 <= index < d_sae:
             raise NLAError(

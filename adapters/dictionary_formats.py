@@ -150,6 +150,7 @@ def _sparsify(files: Files, tensors: Mapping[str, StoredTensor]) -> Dictionary:
     part = re.search(r"\.(mlp|attn|self_attn)", files.folder.name)
     sides = {None: "hook_resid_post", "mlp": "hook_mlp_out"}
     side = sides.get(part[1] if part else None, "hook_attn_out")
+    embedding = "hook_embed" if files.folder.name.endswith("embed_tokens") else None
     decoder = ("W_dec", True) if "W_dec" in tensors else ("decoder.weight", False)
     d_in = cfg.get("d_in")
     expansion = cfg.get("expansion_factor")
@@ -166,7 +167,7 @@ def _sparsify(files: Files, tensors: Mapping[str, StoredTensor]) -> Dictionary:
         architecture="topk",
         k=cfg.get("k"),
         apply_b_dec_to_input=True,
-        hook_name=None if folder is None else f"blocks.{folder}.{side}",
+        hook_name=embedding if folder is None else f"blocks.{folder}.{side}",
     )
 
 

@@ -76,6 +76,11 @@ def load_dictionary(
     """
     if not isinstance(source, (str, Path)):
         check_dictionary(source)
+        if subfolder or revision or hook_name:
+            raise NLAError(
+                f"a {type(source).__name__} is taken as it is: subfolder=, revision= and "
+                "hook_name= are for files; set the object's own cfg.metadata.hook_name"
+            )
         return source
     name = str(source) if subfolder is None else f"{source}/{subfolder}"
     local = Path(source).expanduser()

@@ -54,10 +54,9 @@ def features(
 
     if neuronpedia and not (neuronpedia_model and neuronpedia_source):
         raise NLAError("--neuronpedia needs --neuronpedia-model and --neuronpedia-source")
-    revision = options.pop("revision", None)
     dictionary = load_dictionary(sae, subfolder=subfolder, hook_name=hook_name)
     chosen = parse_latents(latents, Latents(dictionary).d_sae)
-    nla = load_nla(revision=revision, **options)
+    nla = load_nla(**options)
     found = explain_features(
         nla,
         dictionary,

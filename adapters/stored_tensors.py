@@ -12,6 +12,7 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
@@ -54,25 +55,27 @@ class StoredTensor:
         Raises:
             NLAError: NaN or infinity.
         """
-        flat = self.mapped.reshape(-1) if self.mapped.is_contiguous() else None
-        for start in range(0, 0 if flat is None else flat.numel(), _ELEMENTS_AT_ONCE):
-            self.check_finite(flat[start : start + _ELEMENTS_AT_ONCE])  # type: ignore[index]
-        if flat is None:
-            self.check_finite(self.mapped)
+        self.scan()
         return self.mapped.float()
 
     def scan(self) -> None:
-        """Reads all of it once, a part at a time, without keeping it.
+        """Looks through all of it, the first time it is asked for.
 
         Raises:
             NLAError: NaN or infinity.
         """
+        # The property keeps its answer.
+        _ = self._sound
+
+    @cached_property
+    def _sound(self) -> bool:
         n = self.mapped.numel()
         if self.offset is None:
             self.check_finite(self.mapped)
-            return
-        for start in range(0, n, _ELEMENTS_AT_ONCE):
-            self.check_finite(self._read([(start, min(_ELEMENTS_AT_ONCE, n - start))]))
+        else:
+            for start in range(0, n, _ELEMENTS_AT_ONCE):
+                self.check_finite(self._read([(start, min(_ELEMENTS_AT_ONCE, n - start))]))
+        return True
 
     def rows(self, indices: Sequence[int]) -> Tensor:
         """Entries along the first axis of a matrix, `[len(indices), shape[1]]` float32.

@@ -147,6 +147,13 @@ def test_what_cannot_be_explained_is_named(
         explain_features(tiny, sae, indices, **options)
 
 
+@pytest.mark.parametrize(
+    "indices", [3, np.array([3]), torch.tensor([3]), (np.int64(3),), range(3, 4)]
+)
+def test_latents_can_be_named_in_any_way(tiny: NLA, indices: object) -> None:
+    assert [e.index for e in explain_features(tiny, Own(), indices, **SHORT)] == [3]
+
+
 def test_dead_and_damaged_rows_are_named(tiny: NLA) -> None:
     sae = Own()
     sae.W_dec[7], sae.W_dec[8, 3] = 0.0, float("nan")

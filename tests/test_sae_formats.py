@@ -379,6 +379,17 @@ def test_an_object_with_the_three_names_is_taken_as_it_is() -> None:
 
     own = Own()
     assert load_dictionary(own) is own
+    with pytest.raises(NLAError, match="hook_name"):
+        load_dictionary(own, hook_name="blocks.1.hook_resid_post")
+
+
+def test_dictionaries_need_none_of_the_tools() -> None:
+    code = (
+        "import sys, nla_lens.adapters.sae, nla_lens.adapters.sae_command;"
+        "print({'sae_lens', 'transformer_lens', 'nnsight'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
 
 
 # --- memory ---------------------------------------------------------------------------------------
