@@ -92,6 +92,9 @@ class StoredTensor:
     def columns(self, indices: Sequence[int]) -> Tensor:
         """Entries along the second axis of a matrix, `[len(indices), shape[0]]` float32.
 
+        They lie apart in the file: a column costs what its own entries are, or from a disk a page
+        for each of them, 32 MB of 8,192.
+
         Raises:
             NLAError: NaN or infinity.
         """

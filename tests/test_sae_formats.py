@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,6 +162,76 @@ def test_gemma_scope_is_the_same_as_sae_lens_converts_it(
     assert theirs["hook_name"] == ours.cfg.hook_name
     assert theirs["architecture"] == ours.cfg.architecture
     assert theirs["apply_b_dec_to_input"] == ours.cfg.apply_b_dec_to_input
+
+
+def converted_by_sae_lens(loader: Callable, *args: object) -> Any:
+    """What one of sae-lens' converters makes of files that are here and not on the hub."""
+    import sae_lens
+    from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
+
+    cfg, state, _ = loader(*args)
+    cfg = handle_config_defaulting(cfg)
+    kind = sae_lens.SAE.get_sae_config_class_for_architecture(cfg["architecture"])
+    sae = sae_lens.SAE.get_sae_class_for_architecture(cfg["architecture"])(kind.from_dict(cfg))
+    sae.load_state_dict(state)
+    return sae
+
+
+@pytest.mark.skipif(not has_sae_lens, reason="needs sae-lens")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "AutoEncoder",
+        "AutoEncoderTopK",
+        "BatchTopKSAE",
+        "MatryoshkaBatchTopKSAE",
+        "JumpReluAutoEncoder",
+        "GatedAutoEncoder",
+    ],
+)
+def test_dictionary_learning_is_the_same_as_sae_lens_converts_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    case = files.dictionary_learning(tmp_path, kind)
+    monkeypatch.setattr(
+        loaders, "hf_hub_download", lambda repo_id, filename, **k: tmp_path / filename
+    )
+    loader = loaders.dictionary_learning_sae_huggingface_loader_1
+    theirs, ours = converted_by_sae_lens(loader, "a/b", kind), load_dictionary(case.source)
+    # sae-lens leaves latents in units of their own: activations differ by ||W_dec||, no more.
+    lengths = ours.W_dec.norm(dim=-1) if case.scaled else 1.0
+    assert torch.allclose(ours.encode(X), theirs.encode(X) * lengths, atol=1e-5)
+    assert torch.allclose(ours(X), theirs(X), atol=1e-5)
+    assert theirs.cfg.metadata.hook_name == ours.cfg.hook_name
+
+
+@pytest.mark.skipif(not has_sae_lens, reason="needs sae-lens")
+@pytest.mark.parametrize("name", ["qresearch", "goodfire"])
+def test_linear_files_are_the_same_as_sae_lens_converts_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    case = CASES[name](tmp_path)
+    path = next(tmp_path.rglob("*.pt*"))
+    monkeypatch.setattr(loaders, "hf_hub_download", lambda **k: path)
+    sizes = {"d_in": files.D, "d_sae": files.F, "dtype": "float32", "device": "cpu"}
+    if name == "goodfire":
+        loader, repo = (
+            loaders.get_goodfire_huggingface_loader,
+            "Goodfire/Llama-3.1-8B-Instruct-SAE-l19",
+        )
+    else:
+        # Of the same layout, and from the same people.
+        loader, repo = loaders.deepseek_r1_sae_huggingface_loader, "a/b"
+    theirs = converted_by_sae_lens(loader, repo, path.name, "cpu", False, sizes)
+    ours = load_dictionary(case.source)
+    assert torch.allclose(ours.encode(X), theirs.encode(X), atol=1e-6)
+    assert torch.allclose(ours(X), theirs(X), atol=1e-6)
+    side = "pre" if name == "qresearch" else "post"
+    assert ours.cfg.hook_name == theirs.cfg.metadata.hook_name.replace("post", side)
 
 
 @pytest.mark.skipif(not has_sae_lens, reason="needs sae-lens")
