@@ -12,7 +12,7 @@ TOKENIZERS_PARALLELISM ?= false
 PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
-.PHONY: help demo test test-courses test-sae-lens test-ndif clean
+.PHONY: help demo test test-slow test-courses test-sae-lens test-ndif clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -29,6 +29,9 @@ test: .venv/.test  ## lint, check types and run the suite with transformer-lens 
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-slow: .venv/.test  ## the tests that take minutes: training the embedded NLA at a small scale
+	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-courses: .venv-courses/.test  ## run the suite with transformer-lens 2.18 and transformers 4.57
 	HF_HUB_OFFLINE=1 .venv-courses/bin/python -m pytest $(PYTEST_ARGS)
