@@ -17,8 +17,6 @@ from nla_lens.lora import adapter_base, merge_adapter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_FOREIGN_ERRORS = ("safetensors_rust", "safetensors", "builtins")
-
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint directory or hub repository; an adapter's may be its base's."""
@@ -180,23 +178,14 @@ def _frozen(model: Any) -> PreTrainedModel:
 def _clear_errors(path: object, what: str) -> Iterator[None]:
     try:
         yield
-    # transformers raises whatever the parser under it raised.
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        if isinstance(error, NLAError):
-            raise
+    except NLAError:
+        raise
+    # transformers and the parsers under it raise whatever a damaged file makes them trip over.
+    except Exception as error:
         reason = " ".join(str(error).split())[:400]
         raise NLAError(
             f"the {what} of {path} cannot be loaded ({type(error).__name__}: {reason})"
         ) from error
-    except Exception as error:
-        # safetensors and tokenizers raise classes of their own that derive from Exception alone.
-        if type(error).__module__.split(".")[0] not in (
-            "safetensors_rust",
-            "safetensors",
-            "builtins",
-        ):
-            raise
-        raise NLAError(f"the {what} of {path} cannot be loaded: {error}") from error
 
 
 @contextlib.contextmanager
