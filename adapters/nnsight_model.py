@@ -17,15 +17,17 @@ patched, and what is sent to a server is pickled as if no probe were there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
+from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.intervention.cache import Cache
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.tracer import InterleavingTracer
 from torch import Tensor, nn
 
+from nla_lens.adapters.nnsight_remote import explaining
 from nla_lens.adapters.nnsight_run import Recorder
 from nla_lens.anatomy import text_model
 from nla_lens.errors import NLAError
@@ -34,6 +36,8 @@ from nla_lens.frameworks import Probe, check_fit
 from nla_lens.hook_point import ResidPost
 from nla_lens.nla import NLA
 from nla_lens.residual import ResidualTensor
+
+_REMOTE_DEFAULTS: Final = {"remote": False, "blocking": True, "job_id": None, "verbose": False}
 
 
 def attach(model: Any, nla: NLA) -> Probe:
@@ -198,8 +202,13 @@ class _ProbedModel(_Probed):
 
     def trace(self, *inputs: Any, tracer_cls: Any = None, **kwargs: Any) -> Any:
         """See `Envoy.trace`; what a local trace caches can be explained, too."""
-        local = not kwargs.get("remote") and kwargs.get("backend") is None
-        if tracer_cls is None and local:
+        remote, backend = kwargs.get("remote"), kwargs.get("backend")
+        if backend is None and remote and remote != "local":
+            settings = (kwargs.pop(n, d) for n, d in _REMOTE_DEFAULTS.items())
+            backend = kwargs["backend"] = self._remote_backend(*settings)
+        if isinstance(backend, RemoteBackend):
+            explaining(backend, self.nla_recorder)
+        elif tracer_cls is None and not remote and backend is None:
             tracer_cls = _RecordingTracer
         return super().trace(*inputs, tracer_cls=tracer_cls, **kwargs)
 

@@ -41,7 +41,7 @@ class Recorder:
         """Notes token ids and masks of each forward pass, from before the pass begins."""
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._where_BT3 = _where(args, kwargs)
+            self._where_BT3 = where_of_pass(args, kwargs)
 
         if not self.active:
             yield
@@ -73,16 +73,22 @@ class Recorder:
             where_BT3[..., 0] -= start
         if where_BT3 is None or where_BT3.shape[:-1] != value.shape[:-1]:
             return value
-        origin = Origin(self._names[path], where_BT3, self._to_token, self._nla)
-        resid = ResidualTensor.wrap(value, origin)
+        resid = ResidualTensor.wrap(value, self._origin(path, where_BT3))
         if resid.requires_grad:
             # The view is not what the loss was computed from: nnsight then reads the gradient of
             # what it is a view of, as it does for the rows of an invoke.
             resid._nnsight_batch = True  # type: ignore[attr-defined]
         return resid
 
+    def origin(self, path: str, where_BT3: Tensor) -> Origin | None:
+        """What is known of a block's output; None for another module."""
+        return self._origin(path, where_BT3) if path in self._names else None
 
-def _where(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    def _origin(self, path: str, where_BT3: Tensor) -> Origin:
+        return Origin(self._names[path], where_BT3, self._to_token, self._nla)
+
+
+def where_of_pass(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """`[B, T, 3]` of one forward pass from its arguments; None where nothing is known."""
     given = kwargs.get("input_ids", args[0] if args else None)
     if isinstance(given, Tensor) and given.ndim == 2 and not given.is_floating_point():

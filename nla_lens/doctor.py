@@ -72,15 +72,15 @@ def examine(
     from nla_lens.engines.ndif import Server
 
     names = _names(checkpoint, ar, injection)
-    host = Server.named(engine).address
-    return _examine(names, host)
+    server = Server.named(engine)
+    return _examine(names, server.address, server.api_key)
 
 
-def _examine(names: Mapping[str, str | None], host: str) -> Iterator[Finding]:
+def _examine(names: Mapping[str, str | None], host: str, key: str | None) -> Iterator[Finding]:
     reachable = _reachable(host)
     yield reachable
     if reachable.passed:
-        yield _key(host)
+        yield _key(host, key)
         yield from _versions(host)
         yield from _models(host, names)
 
@@ -126,12 +126,10 @@ def _reachable(host: str) -> Finding:
     return Finding("the server answers", True, host)
 
 
-def _key(host: str) -> Finding:
+def _key(host: str, key: str | None) -> Finding:
     import httpx
-    from nnsight.schema.config import CONFIG
 
     name, remedy = "the API key", "get one at https://login.ndif.us, then `nnsight login`"
-    key = CONFIG.API.APIKEY
     if not key:
         return Finding(
             name, None, f"none is configured; a server with accounts wants one: {remedy}"

@@ -16,8 +16,8 @@ import torch
 
 import nla_lens
 from nla_lens import NLA
+from nla_lens.doctor import examine
 from nla_lens.errors import NLARemoteError
-from nla_lens.vectors import check_vectors
 
 from .checkpoints import EXPLANATIONS, build_av, build_pair, build_source, vectors
 
@@ -152,8 +152,16 @@ def test_a_probe_on_a_model_that_runs_there(
     with nla_lens.attach(model, nla), model.trace(TEXTS[0], backend=backend):
         h = model.model.layers[K].output[0, -1].save()
     local = nla_lens.extract(models["source"], TEXTS[:1], K, positions=[-1])[0][0]
-    assert torch.equal(h, local.as_ordinary())
-    assert check_vectors(h, 64).vectors_ND.shape == (1, 64)
+    assert torch.equal(h.as_ordinary(), local.as_ordinary())
+    there, here = (resid.explain(nla, max_new_tokens=4) for resid in (h, local))
+    assert (there.text, there.position, there.token) == (here.text, here.position, here.token)
+
+
+def test_the_doctor(models: dict[str, Path], server: Server) -> None:
+    findings = {f.name: f for f in examine(str(models["av"]), ar=str(models["ar"]))}
+    for name in ("the server answers", "verbalizer", "reconstructor", "source model"):
+        assert findings[name].passed, findings[name]
+    assert findings["version of nnsight"].passed
 
 
 def test_a_killed_model(load: Callable[..., NLA], here: Callable[[], NLA], server: Server) -> None:

@@ -197,6 +197,34 @@ def test_a_simulated_server_never_sees_the_probe(open_model: Callable[..., Any],
     assert nla.explain(h[0], max_new_tokens=1).norm == pytest.approx(float(h.norm()), rel=1e-5)
 
 
+def test_what_a_server_sends_back(open_model: Callable[..., Any], nla: NLA) -> None:
+    model = open_model()
+    remote = nnsight.intervention.backends.remote.RemoteBackend
+
+    class Canned(remote):
+        """A server's answers, without a server."""
+
+        def request(self, request: Any, tracer: Any) -> Any:
+            n = len(model.tokenizer(TEXT)["input_ids"])
+            sizes = {"whole": (2, n), "last": (2,), "one": (), "mlp": (2, n), "twice": (2, n)}
+            return {name: torch.randn(*size, 64) for name, size in sizes.items()}
+
+    with nla_lens.attach(model, nla), model.trace([TEXT, SHORT], backend=Canned("key")):
+        whole = model.model.layers[K].output.save()
+        last = nnsight.save(model.model.layers[K].output[:, -1])
+        one = model.model.layers[K - 1].output[1][-1].save()
+        mlp = model.model.layers[K].mlp.output.save()
+        twice = model.model.layers[K].output.save()
+        twice = (twice * 2).save()
+    assert not model.dispatched
+    n_short = len(model.tokenizer(SHORT)["input_ids"])
+    assert whole.origin.where_LX3[1, :, 1].tolist()[-n_short:] == list(range(n_short))
+    assert last.origin.where_LX3[:, 1].tolist() == [whole.shape[1] - 1, n_short - 1]
+    explained = one.explain(max_new_tokens=1)
+    assert (explained.position, explained.hook_name) == (n_short - 1, "blocks.2.hook_resid_post")
+    assert type(mlp) is type(twice) is torch.Tensor
+
+
 def test_scan_is_left_alone(open_model: Callable[..., Any], nla: NLA) -> None:
     model = open_model()
     with nla_lens.attach(model, nla):

@@ -70,6 +70,12 @@ class Server:
         """The host, nnsight's own where none is named."""
         return self.host or str(_api().HOST)
 
+    @property
+    def api_key(self) -> str | None:
+        """nnsight's; it is kept nowhere else, and is in no repr."""
+        key: str | None = _api().APIKEY
+        return key
+
     def backend(self, model: Any, key: str) -> Any:
         """What runs one trace there."""
         if self.host == LOCAL:
@@ -85,7 +91,7 @@ class Server:
 
     def told(self, what: str) -> Any:
         """A context in which failures become an `NLARemoteError`."""
-        return told(what, self.address, _api().APIKEY)
+        return told(what, self.address, self.api_key)
 
 
 @dataclass(frozen=True)
