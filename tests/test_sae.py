@@ -324,6 +324,23 @@ def test_many_residuals_and_silent_ones(tiny: NLA, resid: torch.Tensor) -> None:
     assert decompose(alone, Own(), resid[4], **SHORT).nla is None
 
 
+def test_the_tutorials_dictionary_is_of_this_source_model(tiny: NLA) -> None:
+    """It has to be trained again whenever the embedded source model is."""
+    sae = load_dictionary(TINY_DIR.parents[1] / "tutorials" / "tiny_sae" / "dictionary")
+    assert Latents(sae).place_flags(tiny) == ()
+    texts = [
+        TEXT,
+        "The rain stopped in the afternoon. Peter opened the window.",
+        "Nora lives in Naples. The fox chased the dog out of the kennel.",
+        "Omar paid the cashier and left the bank.",
+    ]
+    x = torch.cat([r.as_ordinary()[1:] for r in extract(TINY_DIR / "source", texts, 2)])
+    acts = sae.encode(x)
+    error = (sae.decode(acts) - x).square().sum()
+    assert 1 - error / (x - x.mean(0)).square().sum() > 0.7
+    assert 4 < acts.ne(0).sum(-1).float().mean() < 16
+
+
 def test_contributions_of_scaled_latents_are_lengths_once(tmp_path: Path) -> None:
     sae = load_dictionary(files.dictionary_learning(tmp_path, "JumpReluAutoEncoder").source)
     from nla_lens.adapters.decomposition import _strongest

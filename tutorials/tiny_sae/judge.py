@@ -84,7 +84,7 @@ def find_themes(facts: Sequence[frozenset[Theme]], base: Counter[Theme], n: int)
     counts = Counter(theme for at in facts for theme in at)
     return [
         theme
-        for theme, count in counts.most_common()
+        for theme, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         if count / len(facts) >= SHARE and (count / len(facts)) / (base[theme] / n) >= LIFT
     ]
 
