@@ -120,7 +120,7 @@ def remote_host(engine: str) -> str | bool:
 
 def _module_name(engine: str) -> str:
     name = engine.partition(":")[0] if isinstance(engine, str) and is_remote(engine) else engine
-    if name not in _ENGINES:
+    if not isinstance(engine, str) or name not in _ENGINES:
         raise NLAError(f"engine={engine!r} is not known; known are {sorted(_ENGINES)}")
     return _ENGINES[name]
 

@@ -37,8 +37,19 @@ def load_reconstructor(
 
 
 def adapter_blocks(checkpoint: Checkpoint, spec: NLASpec) -> int | None:
-    """Blocks to keep of an AR adapter's base; None for an AR that comes truncated."""
-    return spec.place.n_blocks if checkpoint.is_adapter and spec.place else None
+    """Blocks to keep of an AR adapter's base; None for an AR that comes truncated.
+
+    Raises:
+        NLAError: An adapter, and nothing says after which block its base is to be cut.
+    """
+    if not checkpoint.is_adapter:
+        return None
+    if spec.place is None:
+        raise NLAError(
+            f"{checkpoint.name} is an adapter over a whole model, and nothing says which layer to "
+            "read (extraction_layer_index in its sidecar); pass layer="
+        )
+    return spec.place.n_blocks
 
 
 class TransformersVerbalizer:
