@@ -203,16 +203,18 @@ def _wrap_entries(entries: MutableMapping[str, Any], run: Run, nla: NLA) -> None
     where_LX3 = run.where()
     if where_LX3 is None:
         return
+    leading = where_LX3.shape[:-1]
+    # TransformerBridge caches each tensor under two names; it is the same one afterwards, too.
+    wrapped: dict[int, ResidualTensor] = {}
     for key, value in entries.items():
         hook_name = residual_name(key)
         # An entry of another shape than the tokens is left as it is.
-        if (
-            hook_name is not None
-            and isinstance(value, Tensor)
-            and value.shape[:-1] == where_LX3.shape[:-1]
-        ):
+        if hook_name is None or not isinstance(value, Tensor) or value.shape[:-1] != leading:
+            continue
+        if id(value) not in wrapped:
             origin = Origin(hook_name, where_LX3, run.to_token, nla)
-            entries[key] = ResidualTensor.wrap(value, origin)
+            wrapped[id(value)] = ResidualTensor.wrap(value, origin)
+        entries[key] = wrapped[id(value)]
 
 
 def _check_kind(model: Any) -> None:

@@ -149,11 +149,20 @@ def test_the_cache_is_bit_identical(
     for key, value in entries(plain).items():
         assert torch.equal(value, entries(probed)[key]), key
         assert entries(probed)[key].shape == value.shape
+    assert same_objects(probed) == same_objects(plain)
     explainable = {k for k, v in entries(probed).items() if isinstance(v, ResidualTensor)}
     assert {f"blocks.{n}.hook_resid_{s}" for n in range(6) for s in ("pre", "mid", "post")} <= (
         explainable
     )
     assert not {key for key in explainable if "attn" in key or "mlp" in key or "ln" in key}
+
+
+def same_objects(cache: Any) -> list[list[str]]:
+    """Names that stand for one and the same tensor."""
+    names: dict[int, list[str]] = {}
+    for key, value in entries(cache).items():
+        names.setdefault(id(value), []).append(key)
+    return sorted(names.values())
 
 
 def test_other_tensors_stay_as_they_are(probed: Any) -> None:
