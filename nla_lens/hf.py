@@ -87,7 +87,8 @@ def load_backbone(
     base = adapter_base(path)
     config = _load_config(base or path, trust_remote_code)
     if n_blocks is not None:
-        truncate(config, n_blocks, path)
+        with _clear_errors(base or path, "config.json"):
+            truncate(config, n_blocks, path)
     placing = (dtype, device, device_map, quantization_config, trust_remote_code)
     if base is None:
         # An lm_head in the file is simply not looked at; the final norm may be absent.

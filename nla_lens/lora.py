@@ -6,6 +6,7 @@ full model; into a quantized base it is not merged, since that would round it aw
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import warnings
@@ -60,30 +61,57 @@ def merge_adapter(model: Any, path: str | Path) -> Any:
         # PEFT only warns where it leaves parts of an adapter out; `_check_fit` is stricter.
         warnings.filterwarnings("ignore", message=".*missing adapter keys.*")
         try:
-            adapted = PeftModel.from_pretrained(model, str(path))
-        except (ValueError, KeyError, RuntimeError, TypeError, OSError) as error:
+            given = _keys(path)
+            part = _trained_on(model, given)
+            adapted = PeftModel.from_pretrained(part, str(path))
+            _check_fit(adapted, given, path)
+        except NLAError:
+            raise
+        # PEFT and safetensors raise whatever a damaged adapter makes them trip over.
+        except Exception as error:
             reason = " ".join(str(error).split())[:400]
-            raise NLAError(f"the adapter {path} does not fit its base: {reason}") from error
-    _check_fit(adapted, path)
+            raise NLAError(
+                f"the adapter {path} does not fit its base ({type(error).__name__}: {reason})"
+            ) from error
     if getattr(model, "is_quantized", False):
-        return adapted
-    return adapted.merge_and_unload()
+        return adapted if part is model else model
+    merged = adapted.merge_and_unload()
+    return merged if part is model else model
 
 
-def _check_fit(adapted: Any, path: str | Path) -> None:
+def _keys(path: str | Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(Path(path) / WEIGHTS_NAME, framework="pt") as file:
+        return set(file.keys())
+
+
+def _trained_on(model: Any, keys: set[str]) -> Any:
+    """The part of a causal LM whose modules the adapter's keys name: it, or the model inside.
+
+    An AR adapter may have been trained on the decoder alone, without lm_head.
+    """
+    from nla_lens.anatomy import text_model
+
+    path = next((key for key in sorted(keys) if ".lora_A." in key), "")
+    path = path.removeprefix("base_model.model.").partition(".lora_A.")[0]
+    for part in (model, model.base_model, text_model(model)):
+        with contextlib.suppress(AttributeError):
+            part.get_submodule(path)
+            return part
+    return model
+
+
+def _check_fit(adapted: Any, given: set[str], path: str | Path) -> None:
     """Refuses an adapter of which parts found no place, or the other way round.
 
     Raises:
         NLAError: Names the keys.
     """
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
-    # Here, so that naming a checkpoint's files does not load torch.
     from nla_lens.anatomy import text_model
 
-    with safe_open(Path(path) / WEIGHTS_NAME, framework="pt") as file:
-        given = set(file.keys())
     placed = set(get_peft_model_state_dict(adapted))
     # `target_modules` also names parts of a vision tower, which no NLA adapter trains.
     missing = {key for key in placed - given if "vision" not in key}
