@@ -214,10 +214,10 @@ def read(
     *,
     backend: Any = None,
 ) -> Tensor:
-    """Reads an envoy's output at some tokens of prompts; the model runs no further than there.
+    """Reads an envoy's output at some tokens of prompts.
 
     Prompts of one length share a pass and all passes a request: nothing is padded, as that changes
-    the last bits.
+    the last bits. A single pass ends at the envoy.
 
     Args:
         model: An nnsight model.
@@ -237,18 +237,41 @@ def read(
         ids_BT = torch.tensor([list(prompts[row]) for row in rows])
         batches.append((rows, ids_BT, torch.arange(len(rows)).repeat_interleave(counts), at_N))
     traces = [tensors for _, *tensors in batches]
-    with model.session(backend=backend):
-        found: Any = []
-        found.save()
-        for ids_BT, rows_N, at_N in traces:
-            with model.trace(input_ids=ids_BT) as tracer:
-                output = model.get(path).output
-                there = output[0] if isinstance(output, tuple) else output
-                picked = there[rows_N.to(there.device), at_N.to(there.device)].detach().cpu()
-                tracer.stop()
-            found.append(picked)
+    if len(traces) == 1:
+        found = [_read_once(model, path, *traces[0], backend=backend)]
+    else:
+        found = _read_several(model, path, traces, backend=backend)
     by_row: dict[int, Tensor] = {}
     for (rows, *_), resid_ND in zip(batches, found, strict=True):
         parts = resid_ND.split([len(positions[row]) for row in rows])
         by_row |= dict(zip(rows, parts, strict=True))
     return torch.cat([by_row[row] for row in range(len(prompts))])
+
+
+def _read_once(
+    model: Any, path: str, ids_BT: Tensor, rows_N: Tensor, at_N: Tensor, *, backend: Any
+) -> Tensor:
+    with model.trace(input_ids=ids_BT, backend=backend) as tracer:
+        output = model.get(path).output
+        there = output[0] if isinstance(output, tuple) else output
+        picked = there[rows_N.to(there.device), at_N.to(there.device)].detach().cpu().save()
+        tracer.stop()
+    return picked
+
+
+def _read_several(model: Any, path: str, traces: list[list[Tensor]], *, backend: Any) -> Any:
+    """As `_read_once`, in one request; the model runs to its end.
+
+    A server that runs blocks in a process of their own (ndif 0.1.2 does for most users) loses that
+    process after the first `tracer.stop()` of a session.
+    """
+    with model.session(backend=backend):
+        found: Any = []
+        found.save()
+        for ids_BT, rows_N, at_N in traces:
+            with model.trace(input_ids=ids_BT):
+                output = model.get(path).output
+                there = output[0] if isinstance(output, tuple) else output
+                picked = there[rows_N.to(there.device), at_N.to(there.device)].detach().cpu()
+            found.append(picked)
+    return found
