@@ -1,5 +1,6 @@
 """Engine "ndif" against a real NDIF server on loopback; `make test-ndif` runs this."""
 
+import json
 import os
 import shutil
 import signal
@@ -155,6 +156,27 @@ def test_a_probe_on_a_model_that_runs_there(
     assert torch.equal(h.as_ordinary(), local.as_ordinary())
     there, here = (resid.explain(nla, max_new_tokens=4) for resid in (h, local))
     assert (there.text, there.position, there.token) == (here.text, here.position, here.token)
+
+
+def test_blocks_of_users_who_are_not_trusted(
+    models: dict[str, Path],
+    load: Callable[..., NLA],
+    here: Callable[[], NLA],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They run in a process without the model, and are served its values over a socket."""
+    request = nnsight.schema.request.RequestModel
+    plain = request.metadata
+    monkeypatch.setattr(
+        request, "metadata", lambda self: json.dumps(json.loads(plain(self)) | {"trusted": False})
+    )
+    nla, wishes = load(), {"max_new_tokens": 8, "score": False}
+    assert ids(nla.explain(many(4), **wishes)) == ids(here().explain(many(4), **wishes))
+    assert float((nla.reconstruct(TEXTS) - here().reconstruct(TEXTS)).abs().max()) <= 1e-6
+    there = nla_lens.extract(models["source"], TEXTS, K, remote=True)
+    local = nla_lens.extract(models["source"], TEXTS, K)
+    for a, b in zip(there, local, strict=True):
+        assert torch.equal(a.as_ordinary(), b.as_ordinary())
 
 
 def test_the_doctor(models: dict[str, Path], server: Server) -> None:

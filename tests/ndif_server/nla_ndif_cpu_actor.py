@@ -1,11 +1,14 @@
-"""NDIF's model actor without a GPU; its process has no nla_lens, as a server has none."""
+"""NDIF's model actor without a GPU; its process has no nla_lens, as a server has none.
+
+As on NDIF, blocks of trusted users run in the actor, those of others in a process of their own.
+"""
 
 import gc
 import sys
 
 import ray
 import torch
-from ndif.services.ray.deployments.modeling.base import BaseModelDeployment
+from ndif.services.ray.sandbox.model import SandboxModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
 
 # The test environment is the server's, too; importing nla_lens in a block must fail all the same.
@@ -14,7 +17,7 @@ sys.modules["nla_lens"] = None
 torch.set_num_threads(1)
 
 
-class CpuDeployment(BaseModelDeployment):
+class CpuDeployment(SandboxModelDeployment):
     """The stock deployment but for the two methods that call torch.cuda."""
 
     CACHEABLE = False
@@ -28,6 +31,7 @@ class CpuDeployment(BaseModelDeployment):
         return model
 
     def cleanup(self):
+        self.discard_sandbox()
         self.kill_switch.clear()
         self.kill_reason = None
         self.execution_ident = None
