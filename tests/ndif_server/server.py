@@ -181,11 +181,13 @@ class Server:
         return len(found)
 
     def _processes(self) -> list[psutil.Process]:
-        """What was started, by the mark in its environment."""
+        """What was started, by the mark in its environment or its pid file."""
+        # redis writes its title over its environment.
+        noted = {int(file.read_text()) for file in self.home.glob("run/*.pid")}
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self._mark:
+                if process.pid in noted or process.environ().get(MARK) == self._mark:
                     found.append(process)
         return found
 
