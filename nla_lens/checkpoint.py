@@ -89,12 +89,12 @@ def find_pair(name: str) -> tuple[str | Path, str | Path | None]:
     if name in _EMBEDDED:
         return _EMBEDDED[name]
     local = _as_path(name)
-    if (local / SIDECAR_NAME).is_file():
+    if os.path.isfile(local / SIDECAR_NAME):
         return local, None
     for av, ar in ((local / "av", local / "ar"), (Path(f"{local}-av"), Path(f"{local}-ar"))):
-        if av.is_dir():
-            return av, ar if ar.is_dir() else None
-    if local.is_dir():
+        if os.path.isdir(av):
+            return av, ar if os.path.isdir(ar) else None
+    if os.path.isdir(local):
         raise NLAError(
             f"{local} has neither {SIDECAR_NAME} nor av/ and ar/, and there is no {local}-av: "
             "name a verbalizer's directory, or the stem of a pair"
@@ -104,6 +104,13 @@ def find_pair(name: str) -> tuple[str | Path, str | Path | None]:
         return release.av, release.ar
     if name.endswith("-av") or (release is not None and name == release.av):
         return name, None
+    if release is not None and name == release.ar:
+        raise NLAError(f"{name} is a reconstructor (AR); name the pair, {release.stem!r}, or av=")
+    if name.count("/") != 1:
+        raise NLAError(
+            f"no checkpoint {name!r:.200}: not one of the embedded {sorted(_EMBEDDED)}, no "
+            "directory here (nor with -av), and not a hub repository (owner/name)"
+        )
     return f"{name}-av", f"{name}-ar"
 
 
@@ -142,7 +149,8 @@ def open_checkpoint(
         NLAError: Neither a directory nor a repository that can be had.
     """
     local = _as_path(name)
-    if local.is_dir():
+    # Not Path.is_dir, which raises on a name too long to be a file's.
+    if os.path.isdir(local):
         return Checkpoint(str(name), local)
     return Checkpoint(str(name), _download(str(name), revision, weights))
 
@@ -168,11 +176,14 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
                 repo,
                 revision=revision,
                 allow_patterns=[*_SMALL_FILES, *(_WEIGHTS if weights else ())],
+                # "*" matches "/", too: no checkpoints of the training, no optimizer states.
+                ignore_patterns=["*/*"],
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise NLAError(
             f"{repo} cannot be fetched from the hub ({type(error).__name__}: {reason}); check the "
-            "name, the network and, for gated models, `hf auth login`"
+            "name, the network and, for gated models, `hf auth login`; a verbalizer without a "
+            "reconstructor is passed as av="
         ) from error

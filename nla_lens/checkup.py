@@ -53,10 +53,11 @@ def check_injection(nla: NLA, *, n_vectors: int = _N_VECTORS, seed: int = 0) -> 
     vectors_ND = _likely_vectors(nla, n_vectors, seed)
     explained = list(nla.explain_iter(vectors_ND, score=False, **_OPTIONS))
     texts = [e.text for e in explained]
-    twice = nla.encode(vectors_ND[:1].expand(2, -1), **_OPTIONS)
+    again = nla.encode(vectors_ND, **_OPTIONS)
+    alone = nla.encode(vectors_ND[:1], **_OPTIONS)[0]
     findings = [
         _depends(texts),
-        _repeatable(twice, texts[0]),
+        _repeatable(texts, again, alone),
         _not_the_marker(nla, explained),
         _not_cjk(texts),
     ]
@@ -109,11 +110,13 @@ def _depends(texts: list[str]) -> Finding:
     )
 
 
-def _repeatable(pair: list[str], text: str) -> Finding:
+def _repeatable(texts: list[str], again: list[str], alone: str) -> Finding:
+    """Alone and in a batch only float32 promises the same text, so that is told and not judged."""
+    batch = "as in the batch" if alone == texts[0] else "unlike in the batch (rounding)"
     return Finding(
-        "the same vector gets the same text, alone and in a batch",
-        pair[0] == pair[1] == text,
-        repr(text[:80]),
+        "the same vectors get the same texts again",
+        again == texts,
+        f"{sum(a == b for a, b in zip(texts, again, strict=True))} of {len(texts)}; alone {batch}",
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
+from nla_lens.checks import harmless
 from nla_lens.errors import NLAError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -22,23 +23,26 @@ _HALVES = [
     click.option(
         "--nla",
         "name",
-        default="tiny",
-        show_default=True,
-        help="Embedded pair, pair's stem on the hub or on disk, or a verbalizer.",
+        help="Embedded pair, pair's stem on the hub or on disk, or a verbalizer; default: tiny.",
     ),
     click.option("--av", help="Verbalizer: directory or hub repository, instead of --nla."),
     click.option("--ar", help="Reconstructor: directory or hub repository."),
+]
+_SPEC = [
+    click.option(
+        "--injection",
+        type=click.Choice(["replace", "norm_matched_add"]),
+        help="The rule, where neither sidecar nor known release says it.",
+    ),
+    click.option("--injection-scale", type=float, help="The norm vectors are injected at."),
+    click.option("--layer", type=int, help="K, where neither sidecar nor known release says it."),
 ]
 _LOADING = [
     click.option("--dtype", help="float32, bfloat16 or float16; default: what config.json says."),
     click.option("--device", help="cpu, cuda, cuda:1, mps; default: cpu."),
     click.option("--device-map", help='"auto" spreads a large model over the devices there are.'),
     click.option("--revision", help="Branch, tag or commit on the hub."),
-    click.option(
-        "--injection",
-        type=click.Choice(["replace", "norm_matched_add"]),
-        help="The rule, where neither sidecar nor known release says it.",
-    ),
+    *_SPEC,
     click.option(
         "--engine",
         default="transformers",
@@ -120,8 +124,8 @@ def explain(
 ) -> None:
     """Run the source model on TEXT and say what it holds at each position.
 
-    TEXT "-" reads standard input. Columns: cos and fve compare the vector with what the
-    explanation alone reconstructs; fve 1 is perfect, 0 no better than the mean vector.
+    TEXT "-" reads standard input. Columns: cos and fve_nrm compare the vector with what the
+    explanation alone reconstructs; fve_nrm 1 is perfect, 0 no better than the mean vector.
     """
     from nla_lens.display import to_table
 
@@ -139,12 +143,12 @@ def explain(
         if not found:
             raise
         click.echo(f"interrupted; {len(found)} explanations were finished", err=True)
-    if html:
-        found.to_html(html)
     if as_json:
-        click.echo(json.dumps(_finite(found.to_dict()), ensure_ascii=False))
+        click.echo(json.dumps(_finite(found.to_dict())))
     else:
         print_table(to_table(found.flat))
+    if html:
+        found.to_html(html)
 
 
 def _finite(values: Any) -> Any:
@@ -163,7 +167,7 @@ _EXPLAIN_OPTIONS = ("max_new_tokens", "temperature", "num_samples", "seed", "bat
 @click.argument("checkpoint", default="tiny")
 @click.option("--ar", help="Reconstructor, where CHECKPOINT is a verbalizer alone.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--injection", type=click.Choice(["replace", "norm_matched_add"]), help="The rule.")
+@_with(_SPEC)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no table.")
 def info(checkpoint: str, as_json: bool, **options: Any) -> None:
     """Say what CHECKPOINT is, and where each value comes from; loads no weights."""
@@ -176,7 +180,7 @@ def info(checkpoint: str, as_json: bool, **options: Any) -> None:
         described = {
             name: {"value": value, "from": origin} for name, (value, origin) in rows.items()
         }
-        click.echo(json.dumps(described, ensure_ascii=False))
+        click.echo(json.dumps(described))
     else:
         print_table(spec_table(spec, title=checkpoint))
 
@@ -212,11 +216,13 @@ def check(context: click.Context, /, checkpoint: str, vectors: int, **options: A
 _MARKS = {True: ("ok  ", "green"), False: ("FAIL", "red"), None: ("    ", None)}
 
 
-def load_nla(*, name: str, av: str | None, **options: Any) -> Any:
+def load_nla(*, name: str | None, av: str | None, **options: Any) -> Any:
     """The NLA that the options of `halves_options` and `loading_options` name."""
     from nla_lens.nla import NLA
 
-    return NLA.from_pretrained(None if av else name, av=av, **options)
+    if name is None and av is None:
+        name = "tiny"
+    return NLA.from_pretrained(name, av=av, **options)
 
 
 def parse_positions(positions: str | None) -> list[int] | slice | None:
@@ -260,10 +266,11 @@ def main() -> None:
         _fail("interrupted", 130)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
-    except NLAError as error:
+    except (NLAError, OSError) as error:
         _fail(str(error), 2)
 
 
 def _fail(message: str, status: int) -> None:
-    click.echo(f"nla-lens: {' '.join(message.split())}", err=True)
+    # A message may quote a file of a stranger's; nothing of it may steer the terminal.
+    click.echo(f"nla-lens: {harmless(' '.join(message.split()))}", err=True)
     sys.exit(status)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from nla_lens.checks import harmless
 
 if TYPE_CHECKING:
     import jinja2
@@ -20,12 +21,11 @@ if TYPE_CHECKING:
 GOOD_FVE, FAIR_FVE = 0.75, 0.5
 """Shown green from the first on (released pairs reach 0.75), red below the second."""
 
-_CONTROL: Final = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
-
 
 def to_table(explanations: Sequence[Explanation], *, title: str | None = None) -> Table:
     """A terminal table: position, token, explanation, cos, fve_nrm, flags; columns in use only."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    shown = None if title is None else _harmless(title)
+    table = Table(title=shown, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     located = any(e.position is not None for e in explanations)
     scored = any(e.cos is not None for e in explanations)
     flagged = any(e.flags for e in explanations)
@@ -63,7 +63,7 @@ def spec_table(spec: NLASpec, *, title: str) -> Table:
 
 def _harmless(text: str) -> Text:
     """A text whose control characters do not reach the terminal."""
-    return Text(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text))
+    return Text(harmless(text))
 
 
 def _token(e: Explanation) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -219,7 +220,10 @@ class Explanations(Sequence["Explanation | Explanations"]):
         from nla_lens.display import to_html
 
         path = Path(path)
-        path.write_text(to_html(self.flat, whole_page=True), encoding="utf-8")
+        with _writing(path):
+            path.write_text(
+                to_html(self.flat, whole_page=True), encoding="utf-8", errors="backslashreplace"
+            )
         return path
 
     def save(self, path: str | Path) -> Path:
@@ -233,8 +237,9 @@ class Explanations(Sequence["Explanation | Explanations"]):
         partial = path.with_name(f"{path.name}.partial")
         # Half of a surrogate pair, as from broken bytes, has no UTF-8.
         written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        partial.write_text(written, encoding="utf-8", errors="surrogatepass", newline="\n")
-        return partial.replace(path)
+        with _writing(path):
+            partial.write_text(written, encoding="utf-8", errors="surrogatepass", newline="\n")
+            return partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Explanations:
@@ -261,3 +266,11 @@ class Explanations(Sequence["Explanation | Explanations"]):
         # Whatever is in the file: JSON of another kind gives any of these.
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise NLAError(f"{path} is damaged at line {number}: {error}") from error
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise NLAError(f"{path} cannot be written: {error}") from error

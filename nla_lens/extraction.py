@@ -208,6 +208,7 @@ def open_source(
     n_blocks: int | None = None,
     tokenizer: Any = None,
     remote: str | bool = False,
+    **placement: Any,
 ) -> Source:
     """A readable source from whatever names or holds a model.
 
@@ -216,6 +217,7 @@ def open_source(
         n_blocks: How many blocks are needed, where it must be loaded; None is all.
         tokenizer: Instead of the model's own.
         remote: See `extract`.
+        **placement: How it is loaded, see `nla_lens.engines.Placement`.
     """
     if all(hasattr(model, name) for name in ("check_place", "resid", "go_on")):
         source: Source = model
@@ -233,5 +235,5 @@ def open_source(
     from nla_lens.hf_source import HFSource, load_source
 
     if isinstance(model, (str, Path)):
-        return load_source(model, n_blocks=n_blocks, tokenizer=tokenizer)
+        return load_source(model, n_blocks=n_blocks, tokenizer=tokenizer, **placement)
     return HFSource(model, tokenizer)

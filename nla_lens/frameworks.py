@@ -73,6 +73,7 @@ def attach(model: Any, nla: NLA) -> Probe:
         NLAError: No adapter for such a model, another width or too few blocks, weights processed
             in a way that changes the residual stream, or a probe that is there already.
     """
+    check_nla(nla)
     adapter = find_adapter(model)
     if adapter is None:
         raise NLAError(
@@ -82,6 +83,16 @@ def attach(model: Any, nla: NLA) -> Probe:
         )
     probe: Probe = adapter.attach(model, nla)
     return probe
+
+
+def check_nla(nla: object) -> None:
+    """Refuses what is no NLA, such as the name of one.
+
+    Raises:
+        NLAError: Says how one is loaded.
+    """
+    if not callable(getattr(nla, "explain", None)):
+        raise NLAError(f"{nla!r:.80} is not an NLA; load one first: NLA.from_pretrained(...)")
 
 
 def check_fit(nla: NLA, *, d_model: int, n_blocks: int, what: str) -> None:

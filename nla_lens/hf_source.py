@@ -98,8 +98,13 @@ def _own_tokenizer(model: Any) -> Any:
     return load_tokenizer(str(path))
 
 
-def load_source(name: str | Path, *, n_blocks: int | None, tokenizer: Any = None) -> HFSource:
+def load_source(
+    name: str | Path, *, n_blocks: int | None, tokenizer: Any = None, **placement: Any
+) -> HFSource:
     """Loads a source model, only its first blocks where `n_blocks` says so."""
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(name)
-    model = load_causal_lm(name) if n_blocks is None else load_backbone(name, n_blocks=n_blocks)
-    return HFSource(model, tokenizer)
+    if tokenizer is None:
+        foreign_code = bool(placement.get("trust_remote_code"))
+        tokenizer = load_tokenizer(name, trust_remote_code=foreign_code)
+    if n_blocks is None:
+        return HFSource(load_causal_lm(name, **placement), tokenizer)
+    return HFSource(load_backbone(name, n_blocks=n_blocks, **placement), tokenizer)

@@ -65,6 +65,8 @@ def merge_adapter(model: Any, path: str | Path) -> Any:
             part = _trained_on(model, given)
             adapted = PeftModel.from_pretrained(part, str(path))
             _check_fit(adapted, given, path)
+            quantized = getattr(model, "is_quantized", False)
+            merged = adapted if quantized else adapted.merge_and_unload()
         except NLAError:
             raise
         # PEFT and safetensors raise whatever a damaged adapter makes them trip over.
@@ -73,9 +75,6 @@ def merge_adapter(model: Any, path: str | Path) -> Any:
             raise NLAError(
                 f"the adapter {path} does not fit its base ({type(error).__name__}: {reason})"
             ) from error
-    if getattr(model, "is_quantized", False):
-        return adapted if part is model else model
-    merged = adapted.merge_and_unload()
     return merged if part is model else model
 
 

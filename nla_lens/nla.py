@@ -45,6 +45,7 @@ class NLA:
         self.reconstructor = reconstructor
         self._source: Any = None
         self._remote: str | bool = False
+        self._placement = Placement()
 
     @classmethod
     def from_pretrained(
@@ -88,6 +89,10 @@ class NLA:
             NLAError: Not found, not an NLA, incomplete or contradictory.
         """
         av, ar = name_halves(name, av, ar)
+        if device is not None and device_map is not None:
+            raise NLAError(
+                f"device={device!r} and device_map={device_map!r} are both given; pass one"
+            )
         placement = Placement(
             torch_dtype(dtype),
             torch_device(device),
@@ -97,6 +102,7 @@ class NLA:
         )
         wishes = (revision, injection, injection_scale, layer, engine)
         nla = cls(*load_halves(Request(av, ar, placement, *wishes)))
+        nla._placement = placement
         nla._remote = remote_host(per_half(engine)["source"])
         return nla
 
@@ -228,7 +234,9 @@ class NLA:
             raise NLAError("the checkpoint does not name its source model; pass model=")
         if self._source is None or (whole and not self._source.is_whole):
             n_blocks = None if whole or not place else place.n_blocks
-            self._source = open_source(name, n_blocks=n_blocks, remote=self._remote)
+            self._source = open_source(
+                name, n_blocks=n_blocks, remote=self._remote, **vars(self._placement)
+            )
         return self._source
 
     def reconstruct(self, texts: Sequence[str]) -> Tensor:
@@ -276,7 +284,8 @@ class NLA:
 
     def encode(self, x: VectorsLike, **options: Any) -> list[str]:
         """Texts of vectors, in row-major order: the SAE verb for `explain`."""
-        return [e.text for e in self.explain_iter(x, **{"score": False, **options})]
+        score = None if options.get("num_samples", 1) > 1 else False
+        return [e.text for e in self.explain_iter(x, **{"score": score, **options})]
 
     def decode(self, texts: Sequence[str]) -> Tensor:
         """Vectors of texts, `[n, d]`: the SAE verb for `reconstruct`."""

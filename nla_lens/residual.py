@@ -170,6 +170,9 @@ class ResidualTensor(torch.Tensor):
                 "this residual has no NLA to explain it: attach one before the run "
                 "(nla_lens.attach(model, nla)), or say .explain(nla)"
             )
+        from nla_lens.frameworks import check_nla
+
+        check_nla(nla)
         return nla.explain(self, **options)
 
 

@@ -27,7 +27,10 @@ class Sampler:
         if self._temperature == 0.0:
             chosen: list[int] = logits_BV.argmax(-1).tolist()
             return chosen
-        probs_BV = torch.softmax(logits_BV.float() / self._temperature, -1).cpu()
+        # Float64 and at most 0: a tiny temperature must not make infinities.
+        logits_BV = logits_BV.double().cpu()
+        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self._temperature
+        probs_BV = torch.softmax(logits_BV, -1)
         return [
             int(torch.multinomial(probs_V, 1, generator=self._generator(row)))
             for probs_V, row in zip(probs_BV, rows, strict=True)

@@ -215,6 +215,14 @@ def _agreed(what: str, path: Path, said: Mapping[str, int | None]) -> int | None
     return next(iter(known.values()), None)
 
 
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        # Python refuses to write out integers of thousands of digits.
+        return f"a {type(value).__name__} too large to show"
+
+
 class _Section:
     """One mapping of the file, read key by key with its types checked."""
 
@@ -222,7 +230,7 @@ class _Section:
         self.raw, self.path, self.prefix = raw, path, prefix
 
     def _wrong(self, key: str, value: object, expected: str) -> NLAError:
-        return NLAError(f"{self.path}: {self.prefix}{key} is {value!r:.80}; expected {expected}")
+        return NLAError(f"{self.path}: {self.prefix}{key} is {_shown(value)}; expected {expected}")
 
     def section(self, *spellings: str) -> _Section:
         key = next((k for k in spellings if self.raw.get(k) is not None), spellings[0])

@@ -160,6 +160,8 @@ def read_spec(
     ar: str | Path | None = None,
     revision: str | None = None,
     injection: str | None = None,
+    injection_scale: float | None = None,
+    layer: int | None = None,
 ) -> NLASpec:
     """What a checkpoint says of itself, without its weights.
 
@@ -171,6 +173,8 @@ def read_spec(
         open_checkpoint(found_av, revision=revision, weights=False),
         None if found_ar is None else open_checkpoint(found_ar, revision=revision, weights=False),
         injection=injection,
+        injection_scale=injection_scale,
+        layer=layer,
     )
 
 

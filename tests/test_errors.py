@@ -51,9 +51,11 @@ def test_one_exception_that_is_a_value_error() -> None:
     ("arguments", "names"),
     [
         ((), r"name a pair.*from_pretrained\(\"tiny\"\).*av="),
-        (("tinny",), "no checkpoint 'tinny-av'"),
+        (("tinny",), "no checkpoint 'tinny': not one of the embedded .*'tiny'"),
         (("",), "has neither nla_meta.yaml"),
-        (("a/b/c",), "no checkpoint 'a/b/c-av': not a directory here, and not a hub repository"),
+        (("a/b/c",), "no checkpoint 'a/b/c': .* not a hub repository"),
+        (("x" * 5000,), "no checkpoint 'xxx"),
+        (("syvb/nanonla-qwen3-8b-L24-ar",), "is a reconstructor .* 'syvb/nanonla-qwen3-8b-L24'"),
         (("./none",), "no checkpoint './none-av'|no checkpoint 'none-av'"),
         (("~nobody-of-this-name/x",), "~nobody-of-this-name/x"),
         (("\0",), "no checkpoint"),

@@ -62,6 +62,7 @@ def test_reconstructions_are_equal(
 @pytest.mark.parametrize("ending", [{"closing": True}, {"quiet_eos": False}])
 def test_rows_end_where_they_are_over(ending: dict[str, bool], tmp_path: Path) -> None:
     leaky = {"repetition_penalty": 1.5, "do_sample": True, "temperature": 0.1, "min_length": 200}
+    leaky |= {"use_cache": False, "max_time": 1e-6, "penalty_alpha": 0.6, "top_k": 4}
     av = build_av(tmp_path, "llama", generation=leaky, **ending)
     ours, theirs = (NLA.from_pretrained(av=av, engine=e) for e in ("nnsight", "transformers"))
     many = torch.cat([vectors(seed=seed) for seed in range(4)])

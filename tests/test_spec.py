@@ -763,3 +763,15 @@ def test_the_place_of_a_layer() -> None:
         assert ResidPost.find(name) is None
         with pytest.raises(NLAError, match="not a place in the residual stream"):
             ResidPost.parse(name)
+
+
+def test_integers_too_large_to_show(make) -> None:
+    """YAML writes them in hexadecimal, past Python's limit on decimals."""
+    halves = make()
+    sidecar = halves.av / "nla_meta.yaml"
+    text = sidecar.read_text(encoding="utf-8")
+    sidecar.write_text(
+        text.replace(f"d_model: {D}", "d_model: 0x" + "f" * 5000, 1), encoding="utf-8"
+    )
+    with pytest.raises(NLAError, match="d_model is a int too large to show"):
+        halves.read()

@@ -32,10 +32,15 @@ def load_verbalizer(
     checkpoint: Checkpoint, spec: NLASpec, placement: Placement
 ) -> NNsightVerbalizer:
     """The AV of a checkpoint directory."""
+    from transformers import GenerationConfig
+
     model = load_causal_lm(checkpoint.path, **vars(placement))
+    eos_ids = find_eos_ids(model)
+    # Of the checkpoint's own generation_config only the end-of-sequence ids may count.
+    model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids) or None)
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=placement.trust_remote_code)
     wrapped = import_nnsight().TransformersModel(model, task="text-generation", tokenizer=tokenizer)
-    return NNsightVerbalizer(wrapped, spec, find_eos_ids(model))
+    return NNsightVerbalizer(wrapped, spec, eos_ids)
 
 
 def load_reconstructor(

@@ -23,6 +23,13 @@ from nla_lens.spec import NLASpec
 
 PLAIN: Final[Mapping[str, Any]] = {
     "do_sample": False,
+    # Without a cache every step would run the prompt again, and only the first is injected.
+    "use_cache": True,
+    "cache_implementation": None,
+    "max_time": None,
+    "penalty_alpha": None,
+    "prompt_lookup_num_tokens": None,
+    "num_return_sequences": 1,
     "num_beams": 1,
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nla_lens.anatomy import input_device, text_model
 from nla_lens.batching import choose_batch_size, length_batches
 from nla_lens.checkpoint import Checkpoint
+from nla_lens.checks import is_int
 from nla_lens.engines import Job, Placement
 from nla_lens.engines.decoding import Decoder
 from nla_lens.errors import NLAError
@@ -186,9 +187,18 @@ def injection_module(model: Any, spec: NLASpec) -> nn.Module:
 
 
 def find_eos_ids(model: Any) -> frozenset[int]:
-    """End-of-sequence ids of generation_config, else of the config; nothing else of either."""
+    """End-of-sequence ids of generation_config, else of the config; nothing else of either.
+
+    Raises:
+        NLAError: Something that is no token ids stands there.
+    """
     for config in (model.generation_config, model.config):
         found = getattr(config, "eos_token_id", None)
         if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
+            listed = [found] if is_int(found) else found
+            if not isinstance(listed, (list, tuple)) or not all(map(is_int, listed)):
+                raise NLAError(
+                    f"{model.name_or_path}: eos_token_id is {found!r:.80}; expected token ids"
+                )
+            return frozenset(listed)
     return frozenset()
