@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nla_lens
-from nla_lens import NLA, NLAError, ResidualTensor
+from nla_lens import NLA, NLAError, ResidualTensor, hf_source
 from nla_lens.anatomy import text_model
 
 from .checkpoints import FAMILIES, build_pair, build_source
@@ -265,16 +265,18 @@ def test_only_blocks_up_to_k_run(whole, family: str, layer: int) -> None:
 @each_family
 def test_only_blocks_up_to_k_are_loaded(source, monkeypatch, family: str) -> None:
     loaded = []
-    load = nla_lens.hf_source.load_backbone
+    load = hf_source.load_backbone
 
     def spy(*args, **kwargs):
         loaded.append(load(*args, **kwargs))
         return loaded[-1]
 
-    monkeypatch.setattr("nla_lens.hf_source.load_backbone", spy)
+    monkeypatch.setattr(hf_source, "load_backbone", spy)
     nla_lens.extract(source(family), "A letter.", 1)
     (model,) = loaded
-    assert len(text_model(model).layers) == 2
+    stack = text_model(model)
+    assert len(stack.layers) == stack.config.num_hidden_layers == 2
+    assert len(getattr(stack.config, "layer_types", None) or [0, 1]) == 2
     assert not any("lm_head" in name for name, _ in model.named_parameters())
 
 

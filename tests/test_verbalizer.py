@@ -324,6 +324,8 @@ def test_an_end_of_sequence_is_not_text(tmp_path, family: str) -> None:
         ("<explanation>a </explanatio", "a </explanatio", False),
         ("<Explanation>a</Explanation>", "<Explanation>a</Explanation>", False),
         ("", "", False),
+        ("<explanation>It 's salt , and pepper .</explanation>", "It 's salt , and pepper .", True),
+        ("<explanation>a <|eot_id|> b</explanation>", "a <|eot_id|> b", True),
     ],
 )
 @pytest.mark.parametrize("eos", [False, True])
