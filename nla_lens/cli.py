@@ -1,4 +1,4 @@
-"""The command line: `nla-lens explain`, `info`, `check`."""
+"""The command line: `nla-lens explain`, `info`, `check`, and what adapters add."""
 
 from __future__ import annotations
 

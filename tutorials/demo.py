@@ -33,7 +33,7 @@ def main() -> None:
             console.print()
             console.print(to_table(explanations.flat, title=sentence))
     console.print(
-        "\nfve: the share of the vector's variance that the explanation alone gives back. "
+        "\nfve_nrm: the share of the vector's variance that the explanation alone gives back. "
         "1 is perfect, 0 is no better than the average vector: do not trust such a line.",
         style="dim",
     )
