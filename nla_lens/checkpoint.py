@@ -136,7 +136,11 @@ def name_halves(
 
 
 def open_checkpoint(
-    name: str | Path, *, revision: str | None = None, weights: bool = True
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    foreign_code: bool = False,
 ) -> Checkpoint:
     """Makes the files of one half available on this machine.
 
@@ -144,6 +148,7 @@ def open_checkpoint(
         name: A directory, or a hub repository `owner/name`.
         revision: Branch, tag or commit on the hub.
         weights: Download the weights, too; without them only the small files are fetched.
+        foreign_code: Download Python files, too (`trust_remote_code`).
 
     Raises:
         NLAError: Neither a directory nor a repository that can be had.
@@ -152,7 +157,8 @@ def open_checkpoint(
     # Not Path.is_dir, which raises on a name too long to be a file's.
     if os.path.isdir(local):
         return Checkpoint(str(name), local)
-    return Checkpoint(str(name), _download(str(name), revision, weights))
+    wanted = [*_SMALL_FILES, *(_WEIGHTS if weights else ()), *(("*.py",) if foreign_code else ())]
+    return Checkpoint(str(name), _download(str(name), revision, wanted))
 
 
 def _as_path(name: str | Path) -> Path:
@@ -160,7 +166,7 @@ def _as_path(name: str | Path) -> Path:
     return Path(os.path.expanduser(name))
 
 
-def _download(repo: str, revision: str | None, weights: bool) -> Path:
+def _download(repo: str, revision: str | None, wanted: list[str]) -> Path:
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise NLAError(
             f"no checkpoint {repo!r}: not a directory here, and not a hub repository (owner/name) "
@@ -175,7 +181,7 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
             snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=[*_SMALL_FILES, *(_WEIGHTS if weights else ())],
+                allow_patterns=wanted,
                 # "*" matches "/", too: no checkpoints of the training, no optimizer states.
                 ignore_patterns=["*/*"],
             )

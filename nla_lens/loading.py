@@ -44,8 +44,8 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
         NLAError: Not found, not an NLA, incomplete or contradictory.
     """
     engines = per_half(request.engine)
-    av = _open(request.av, request.revision, engines["av"])
-    ar = None if request.ar is None else _open(request.ar, request.revision, engines["ar"])
+    av = _open(request.av, request, engines["av"])
+    ar = None if request.ar is None else _open(request.ar, request, engines["ar"])
     spec = build_spec(
         av,
         ar,
@@ -71,14 +71,15 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
     return Verbalizer(spec, tokenizer, engine, prompt), reconstructor
 
 
-def _open(name: str | Path, revision: str | None, engine: str) -> Checkpoint:
+def _open(name: str | Path, request: Request, engine: str) -> Checkpoint:
     """A half's files; its weights only where it runs here."""
     if not is_remote(engine):
-        return open_checkpoint(name, revision=revision)
-    if revision is not None:
+        foreign_code = request.placement.trust_remote_code
+        return open_checkpoint(name, revision=request.revision, foreign_code=foreign_code)
+    if request.revision is not None:
         raise NLAError(
-            f"revision={revision!r} has no meaning with engine={engine!r}: the server runs the "
-            "revision that is deployed there"
+            f"revision={request.revision!r} has no meaning with engine={engine!r}: the server runs "
+            "the revision that is deployed there"
         )
     return open_checkpoint(name, weights=False)
 

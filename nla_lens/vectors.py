@@ -69,7 +69,11 @@ def _as_tensor(vectors: VectorsLike) -> Tensor:
         if isinstance(vectors, Tensor):
             return vectors.detach().to_dense().cpu()
         # Copied even where it need not be: PyTorch warns about read-only arrays.
-        return torch.from_numpy(np.array(vectors, order="C"))
+        array = np.array(vectors, order="C")
+        if array.dtype.kind == "f" and array.dtype.itemsize > 4:
+            # Also what PyTorch has no name for: long double, and the other byte order.
+            array = array.astype(np.float64)
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     except (TypeError, ValueError, RuntimeError) as error:
         raise NLAError(
             f"vectors must be a torch tensor or a numpy array, found {type(vectors).__name__}: "
@@ -83,8 +87,8 @@ def _check_values(vectors_ND: Tensor, shape: tuple[int, ...]) -> None:
         row = int((~finite).nonzero()[0])
         bad = vectors_ND[row][~vectors_ND[row].isfinite()][0].item()
         raise NLAError(
-            f"the vector at {_place(row, shape)} holds {bad}; drop it, or find out why the model "
-            "overflowed (float16?)"
+            f"the vector at {_place(row, shape)} holds {bad} in float32; drop it, or find out "
+            "why the model overflowed (float16?)"
         )
     nonzero = vectors_ND.ne(0).any(-1)
     if not nonzero.all():

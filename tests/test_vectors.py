@@ -82,3 +82,10 @@ def test_of_several_bad_vectors_the_first_is_named() -> None:
 
 def test_one_zero_component_is_no_zero_vector() -> None:
     assert len(check_vectors(torch.eye(4), 4)) == 4
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", np.longdouble, np.float16])
+def test_every_float_of_numpy(dtype: object) -> None:
+    wanted = torch.arange(1.0, 9.0)
+    batch = check_vectors(wanted.numpy().astype(dtype), 8)
+    assert torch.equal(batch.vectors_ND[0], wanted)
