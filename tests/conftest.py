@@ -1,5 +1,6 @@
 """Checkpoints and loaded NLAs that several test files share; each is made once."""
 
+import os
 from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
@@ -9,6 +10,11 @@ import pytest
 from nla_lens import NLA
 
 from .checkpoints import build_pair, build_source, reference, vectors
+
+
+# TransformerLens 4.3 installs torchvision, and with it another torch, when it is handed a multimodal
+# model. Our code never lets it; should that break, a test must fail and not the environment.
+os.environ["PIP_NO_INDEX"] = "1"
 
 
 class Expected:
