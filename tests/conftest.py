@@ -11,9 +11,9 @@ from nla_lens import NLA
 
 from .checkpoints import build_pair, build_source, reference, vectors
 
-
-# TransformerLens 4.3 installs torchvision, and with it another torch, when it is handed a multimodal
-# model. Our code never lets it; should that break, a test must fail and not the environment.
+# TransformerLens 4.3 installs torchvision, and with it another torch, when it is handed a
+# multimodal model. Our code never lets it; should that break, a test must fail and not the
+# environment.
 os.environ["PIP_NO_INDEX"] = "1"
 
 
