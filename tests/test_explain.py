@@ -303,7 +303,7 @@ BAD_VECTORS = {
     "too narrow": (torch.ones(2, 63), r"shape \(2, 63\); .* d_model=64"),
     "too wide": (torch.ones(65), r"shape \(65,\); .* d_model=64"),
     "a number": (torch.tensor(1.0), r"shape \(\)"),
-    "NaN": (one_bad(torch.nan), r"index \(1, 2\) holds nan; drop it"),
+    "NaN": (one_bad(torch.nan), r"index \(1, 2\) holds nan in float32; drop it"),
     "infinity": (one_bad(torch.inf), r"index \(1, 2\) holds inf"),
     "minus infinity": (one_bad(-torch.inf), r"index \(1, 2\) holds -inf"),
     "float16 overflow": (one_bad(1e6).half(), r"index \(1, 2\) holds inf.*float16"),
