@@ -6,16 +6,19 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
 
 from nla_lens.checks import harmless
 from nla_lens.errors import NLAError
+
+if TYPE_CHECKING:
+    from nla_lens.checkup import Finding
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -206,14 +209,21 @@ def check(context: click.Context, /, checkpoint: str, vectors: int, **options: A
 
     nla = load_nla(name=checkpoint, av=None, **options)
     findings = check_injection(nla, n_vectors=vectors)
-    for finding in findings:
-        mark, colour = _MARKS[finding.passed]
-        click.echo(f"{click.style(mark, fg=colour)} {finding.name}: {finding.detail}")
-    if any(finding.passed is False for finding in findings):
+    if not print_findings(findings):
         context.exit(1)
 
 
 _MARKS = {True: ("ok  ", "green"), False: ("FAIL", "red"), None: ("    ", None)}
+
+
+def print_findings(findings: Iterable[Finding]) -> bool:
+    """Prints findings as they come; says whether none of them failed."""
+    passed = True
+    for finding in findings:
+        mark, colour = _MARKS[finding.passed]
+        click.echo(f"{click.style(mark, fg=colour)} {finding.name}: {finding.detail}")
+        passed &= finding.passed is not False
+    return passed
 
 
 def load_nla(*, name: str | None, av: str | None, **options: Any) -> Any:

@@ -11,10 +11,10 @@ from typing import Any, Final
 import click
 
 from nla_lens.checkup import Finding
+from nla_lens.cli import print_findings
 from nla_lens.errors import NLAError
 
 _MUST_BE_EQUAL: Final = ("nnsight", "transformers")
-_MARKS: Final = {True: ("ok  ", "green"), False: ("FAIL", "red"), None: ("    ", None)}
 _TIMEOUT: Final = 30.0
 
 
@@ -36,13 +36,7 @@ def doctor(
 
     Exit status 1 if anything stands in the way.
     """
-    findings = examine(checkpoint, ar=ar, engine=engine, injection=injection)
-    stands_in_the_way = False
-    for finding in findings:
-        mark, colour = _MARKS[finding.passed]
-        click.echo(f"{click.style(mark, fg=colour)} {finding.name}: {finding.detail}")
-        stands_in_the_way |= finding.passed is False
-    if stands_in_the_way:
+    if not print_findings(examine(checkpoint, ar=ar, engine=engine, injection=injection)):
         context.exit(1)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from nla_lens.batching import choose_batch_size
 from nla_lens.engines import Job
 from nla_lens.engines.kv_cache import empty_cache, joined, repeated, select
 from nla_lens.errors import NLAError
@@ -215,6 +216,36 @@ class Decoder:
 
     def _ids(self, ids: list[list[int]]) -> Tensor:
         return torch.tensor(ids, device=self._device)
+
+
+class LocalVerbalizer:
+    """What all AVs in this process share; a subclass adds `run` (see `Forward`)."""
+
+    def __init__(self, lm: Any, device: torch.device, eos_ids: frozenset[int]) -> None:
+        """Args:
+        lm: The transformers causal LM inside.
+        device: Where token ids go.
+        eos_ids: See `VerbalizerEngine`.
+        """
+        self.eos_ids = eos_ids
+        self._lm, self._device = lm, device
+        self._decoder = Decoder(self, device)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """What enters block 0, `[T, d]` float32; Gemma's sqrt(d) is applied by its own module."""
+        ids_1T = torch.tensor([list(ids)], device=self._device)
+        embedded: Tensor = self._lm.get_input_embeddings()(ids_1T)[0]
+        return embedded.float().cpu()
+
+    def generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
+        """Yields (row, ids) as rows are over."""
+        n_tokens = len(job.prompt_ids) + job.max_new_tokens
+        return self._decoder.decode(job, job.batch_size or choose_batch_size(self._lm, n_tokens))
+
+    def forget_prefix(self) -> None:
+        """Frees the kept prefix; needed only after the model's weights were changed."""
+        self._decoder.forget_prefix()
 
 
 def _halved(batch_size: int, error: Exception) -> int:

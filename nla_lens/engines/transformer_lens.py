@@ -7,17 +7,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from nla_lens.anatomy import text_model
-from nla_lens.batching import choose_batch_size, length_batches
+from nla_lens.batching import length_batches
 from nla_lens.checkpoint import Checkpoint
-from nla_lens.engines import Job, Placement
-from nla_lens.engines.decoding import Decoder
+from nla_lens.engines import Placement
+from nla_lens.engines.decoding import LocalVerbalizer
 from nla_lens.engines.transformers import adapter_blocks, find_eos_ids
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_backbone, load_causal_lm
@@ -50,7 +50,7 @@ def load_reconstructor(
     return TransformerLensReconstructor(to_bridge(as_text_lm(stack), checkpoint))
 
 
-class TransformerLensVerbalizer:
+class TransformerLensVerbalizer(LocalVerbalizer):
     """An AV as a TransformerBridge.
 
     Attributes:
@@ -62,30 +62,13 @@ class TransformerLensVerbalizer:
         """Raises:
         NLAError: The model has no block 1 for `norm_matched_add`.
         """
-        self.bridge, self.eos_ids = bridge, eos_ids
+        super().__init__(bridge.original_model, torch.device(bridge.cfg.device), eos_ids)
+        self.bridge = bridge
         self._hook_name, self._inject = _INJECTION[spec.injection]
         if self._hook_name not in bridge.hook_dict:
             raise NLAError(
                 f"{spec.injection} acts at {self._hook_name}; the model has no such hook"
             )
-        self._decoder = Decoder(self, torch.device(bridge.cfg.device))
-
-    @torch.inference_mode()
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        """What enters block 0, `[T, d]` float32."""
-        ids_1T = torch.tensor([list(ids)], device=self.bridge.cfg.device)
-        embedded: Tensor = self.bridge.original_model.get_input_embeddings()(ids_1T)[0]
-        return embedded.float().cpu()
-
-    def generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
-        """Yields (row, ids) as rows are over."""
-        n_tokens = len(job.prompt_ids) + job.max_new_tokens
-        size = job.batch_size or choose_batch_size(self.bridge.original_model, n_tokens)
-        return self._decoder.decode(job, size)
-
-    def forget_prefix(self) -> None:
-        """Frees the kept prefix; needed only after the model's weights were changed."""
-        self._decoder.forget_prefix()
 
     @torch.inference_mode()
     def run(

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.anatomy import input_device, text_model
-from nla_lens.batching import choose_batch_size, length_batches
+from nla_lens.batching import length_batches
 from nla_lens.checkpoint import Checkpoint
 from nla_lens.checks import is_int
-from nla_lens.engines import Job, Placement
-from nla_lens.engines.decoding import Decoder
+from nla_lens.engines import Placement
+from nla_lens.engines.decoding import LocalVerbalizer
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_backbone, load_causal_lm
 from nla_lens.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace
@@ -53,7 +53,7 @@ def adapter_blocks(checkpoint: Checkpoint, spec: NLASpec) -> int | None:
     return spec.place.n_blocks
 
 
-class TransformersVerbalizer:
+class TransformersVerbalizer(LocalVerbalizer):
     """An AV as a transformers causal LM.
 
     Attributes:
@@ -62,28 +62,10 @@ class TransformersVerbalizer:
     """
 
     def __init__(self, model: Any, spec: NLASpec) -> None:
+        super().__init__(model, input_device(model), find_eos_ids(model))
         self.model = model
         self._rule = spec.injection
-        self.eos_ids = find_eos_ids(model)
         self._place = injection_module(model, spec)
-        self._decoder = Decoder(self, input_device(model))
-
-    @torch.inference_mode()
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        """What enters block 0, `[T, d]` float32; Gemma's sqrt(d) is applied by its own module."""
-        embedding = self.model.get_input_embeddings()
-        ids_T = torch.tensor(list(ids), device=input_device(self.model))
-        embedded: Tensor = embedding(ids_T)
-        return embedded.float().cpu()
-
-    def generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
-        """Yields (row, ids) as rows are over."""
-        n_tokens = len(job.prompt_ids) + job.max_new_tokens
-        return self._decoder.decode(job, job.batch_size or choose_batch_size(self.model, n_tokens))
-
-    def forget_prefix(self) -> None:
-        """Frees the kept prefix; needed only after the model's weights were changed."""
-        self._decoder.forget_prefix()
 
     @torch.inference_mode()
     def run(
