@@ -158,7 +158,9 @@ def text_config(
         "intermediate_size": d_model * 5 // 2,
         "num_hidden_layers": n_blocks,
     }
-    if family != "llama":
+    if family == "llama":
+        config["head_dim"] = d_model // config["num_attention_heads"]
+    else:
         config["layer_types"] = _layer_types(family, n_blocks)
     if style == "v5":
         _to_v5(config)
