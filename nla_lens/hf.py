@@ -101,6 +101,21 @@ def load_backbone(
     return model
 
 
+def load_configs(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """A model's config and its generation_config, as they are with the weights; loads no weights.
+
+    Raises:
+        NLAError: One of them cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    config = _load_config(path, trust_remote_code)
+    with _clear_errors(path, "generation_config.json"):
+        if (Path(path) / "generation_config.json").is_file():
+            return config, GenerationConfig.from_pretrained(str(path))
+        return config, GenerationConfig.from_model_config(config)
+
+
 def _load_config(path: str | Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, __version__
 

@@ -12,6 +12,7 @@ from nla_lens.checks import naming
 from nla_lens.engines import (
     Placement,
     is_remote,
+    is_served,
     load_reconstructor_engine,
     load_verbalizer_engine,
     per_half,
@@ -35,6 +36,7 @@ class Request:
     injection_scale: float | None = None
     layer: int | None = None
     engine: str | Mapping[str, str] = "transformers"
+    url: Any = None
 
 
 def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
@@ -44,6 +46,9 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
         NLAError: Not found, not an NLA, incomplete or contradictory.
     """
     engines = per_half(request.engine)
+    served = is_served(engines["av"])
+    if request.url is not None and not served:
+        raise NLAError(f"url= has no meaning with engine={request.engine!r}, only with a server's")
     av = _open(request.av, request, engines["av"])
     ar = None if request.ar is None else _open(request.ar, request, engines["ar"])
     spec = build_spec(
@@ -57,6 +62,9 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
     tokenizer = load_tokenizer(av.path, trust_remote_code=foreign_code)
     with naming(av.sidecar.path):
         prompt = canonical_prompt(spec, tokenizer)
+    verbalizing = (engines["av"], av, spec, request.placement, request.url)
+    # A server costs no memory here, and whether it will do is soon known.
+    engine = load_verbalizer_engine(*verbalizing) if served else None
     reconstructor = None
     if ar is not None:
         ar_tokenizer = load_tokenizer(ar.path, trust_remote_code=foreign_code)
@@ -67,7 +75,7 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
         head = load_head(ar, spec.d_model)
         backbone = load_reconstructor_engine(engines["ar"], ar, spec, request.placement)
         reconstructor = Reconstructor(spec, ar_tokenizer, backbone, head)
-    engine = load_verbalizer_engine(engines["av"], av, spec, request.placement)
+    engine = engine or load_verbalizer_engine(*verbalizing)
     return Verbalizer(spec, tokenizer, engine, prompt), reconstructor
 
 
@@ -75,7 +83,12 @@ def _open(name: str | Path, request: Request, engine: str) -> Checkpoint:
     """A half's files; its weights only where it runs here."""
     if not is_remote(engine):
         foreign_code = request.placement.trust_remote_code
-        return open_checkpoint(name, revision=request.revision, foreign_code=foreign_code)
+        return open_checkpoint(
+            name,
+            revision=request.revision,
+            weights=not is_served(engine),
+            foreign_code=foreign_code,
+        )
     if request.revision is not None:
         raise NLAError(
             f"revision={request.revision!r} has no meaning with engine={engine!r}: the server runs "

@@ -13,6 +13,7 @@ from nla_lens import metrics
 from nla_lens.checkpoint import name_halves
 from nla_lens.checks import is_int
 from nla_lens.engines import Placement, per_half, remote_host
+from nla_lens.engines.served import Server
 from nla_lens.errors import NLAError
 from nla_lens.explaining import Options, explain_batch
 from nla_lens.explanation import Explanation, Explanations
@@ -63,6 +64,7 @@ class NLA:
         injection_scale: float | None = None,
         layer: int | None = None,
         engine: str | Mapping[str, str] = "transformers",
+        url: str | Server | None = None,
         trust_remote_code: bool = False,
     ) -> NLA:
         """Loads a pair, or a verbalizer alone.
@@ -81,8 +83,10 @@ class NLA:
                 release's.
             injection_scale: Overrides the sidecar's; the verbalizer was trained with that one.
             layer: K, where neither sidecar nor known release says it.
-            engine: Where the halves run: "transformers", "transformer_lens", "nnsight", "ndif"; or
+            engine: Where the halves run: "transformers", "transformer_lens", "nnsight", "ndif";
+                "vllm" and "sglang" (the verbalizer there, the rest by transformers here); or
                 {"av": ..., "ar": ..., "source": ...}, each elsewhere.
+            url: Where the vLLM or SGLang server is.
             trust_remote_code: Run Python code from the checkpoint. Off: code of strangers.
 
         Raises:
@@ -100,7 +104,7 @@ class NLA:
             quantization_config,
             trust_remote_code,
         )
-        wishes = (revision, injection, injection_scale, layer, engine)
+        wishes = (revision, injection, injection_scale, layer, engine, url)
         nla = cls(*load_halves(Request(av, ar, placement, *wishes)))
         nla._placement = placement
         nla._remote = remote_host(per_half(engine)["source"])

@@ -155,6 +155,7 @@ class Verbalizer:
             temperature=temperature,
             seeds=seeds,
             batch_size=batch_size,
+            stop=_CLOSE,
         )
         return ((row, self.read(ids)) for row, ids in self.engine.generate(job))
 

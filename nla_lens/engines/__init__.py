@@ -31,6 +31,7 @@ class Job:
         temperature: 0 is argmax.
         seeds: One per row, for sampling.
         batch_size: Most rows at once; None lets the engine choose.
+        stop: Text at which a server may end an answer; `is_finished` has the last word.
     """
 
     prompt_ids: Sequence[int]
@@ -41,6 +42,7 @@ class Job:
     temperature: float = 0.0
     seeds: Sequence[int] = ()
     batch_size: int | None = None
+    stop: str | None = None
 
 
 class VerbalizerEngine(Protocol):
@@ -85,7 +87,10 @@ _ENGINES: Final = {
     "transformer_lens": "nla_lens.engines.transformer_lens",
     "nnsight": "nla_lens.engines.nnsight",
     "ndif": "nla_lens.engines.ndif",
+    "vllm": "nla_lens.engines.vllm",
+    "sglang": "nla_lens.engines.sglang",
 }
+_SERVED: Final = ("vllm", "sglang")
 _ROLES: Final = ("av", "ar", "source")
 
 
@@ -94,23 +99,36 @@ def per_half(engine: str | Mapping[str, str]) -> dict[str, str]:
 
     Args:
         engine: One for all, or some of {"av": ..., "ar": ..., "source": ...}; the rest run by
-            transformers in this process.
+            transformers in this process. So do the others beside an AV on a vLLM or SGLang server.
 
     Raises:
-        NLAError: No such engine or half.
+        NLAError: No such engine or half, or one that cannot run the half.
     """
-    chosen = dict(engine) if isinstance(engine, Mapping) else dict.fromkeys(_ROLES, engine)
+    if isinstance(engine, Mapping):
+        chosen = dict(engine)
+    else:
+        chosen = dict.fromkeys(("av",) if is_served(engine) else _ROLES, engine)
     unknown = sorted(set(chosen) - set(_ROLES))
     if unknown:
         raise NLAError(f"engine= has {unknown}; its keys are {list(_ROLES)}")
-    for name in chosen.values():
+    for role, name in chosen.items():
         _module_name(name)
+        if role != "av" and is_served(name):
+            raise NLAError(
+                f"engine={{{role!r}: {name!r}}}: such a server gives texts and no vectors, so only "
+                'the verbalizer ("av") can run there'
+            )
     return {role: chosen.get(role, "transformers") for role in _ROLES}
 
 
 def is_remote(engine: str) -> bool:
     """Whether an engine needs no weights on this machine."""
     return engine.partition(":")[0] == "ndif"
+
+
+def is_served(engine: Any) -> bool:
+    """Whether an engine is a server that reads prompt embeddings, at `url=`."""
+    return engine in _SERVED
 
 
 def remote_host(engine: str) -> str | bool:
@@ -135,15 +153,20 @@ def _named(engine: str) -> dict[str, str]:
 
 
 def load_verbalizer_engine(
-    engine: str, checkpoint: Checkpoint, spec: NLASpec, placement: Placement
+    engine: str,
+    checkpoint: Checkpoint,
+    spec: NLASpec,
+    placement: Placement,
+    url: Any = None,
 ) -> VerbalizerEngine:
-    """Loads an AV into an engine.
+    """Loads an AV into an engine; `url` says where a server is.
 
     Raises:
         NLAError: No such engine, or one that cannot apply the checkpoint's injection rule.
     """
+    options = {"url": url} if is_served(engine) else _named(engine)
     loaded: VerbalizerEngine = _module(engine).load_verbalizer(
-        checkpoint, spec, placement, **_named(engine)
+        checkpoint, spec, placement, **options
     )
     return loaded
 
