@@ -115,6 +115,7 @@ class Channel:
     async def _called(self, method: str, path: str, body: bytes | None, limit: int) -> Any:
         import tenacity
 
+        data: bytes
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_NotRunError),
             wait=tenacity.wait_random_exponential(multiplier=0.25, max=5.0),
@@ -169,10 +170,10 @@ class Channel:
             raise _NotRunError(self._unreachable(error)) from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
             raise self._error(
-                f"hung up before {path} was answered ({self._quoted(error)}): it went away, or "
-                "something between here and there did. The request may have run, so it is not sent "
-                "again by itself; look at the server's log, start it again, and ask for the vectors "
-                "that are missing: what was finished is in the error's explanations",
+                f"hung up before {path} was answered ({self._quoted(error)}). The request may have "
+                "run, so it is not sent again by itself: look at the server's log, start it again, "
+                "and ask for the vectors that are missing; what was finished is in the error's "
+                "explanations",
                 "lost",
             ) from None
 
@@ -199,6 +200,8 @@ class Channel:
             return self._error(f"{said}, time and again; try later, or with less at once", "busy")
         if status == 413:
             return self._error(f"{said}; pass a smaller batch_size=", "too_large")
+        if status == 404:
+            return self._error(f"{said}: is url= that of a vLLM or SGLang server?", "not_found")
         if 300 <= status < 400:
             return self._error(f"{said}: it sends requests elsewhere; pass that url=")
         if "out of memory" in words.lower():
@@ -247,9 +250,7 @@ def _client(server: Server) -> httpx.AsyncClient:
         headers=headers,
         # The whole exchange has one limit of its own.
         timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
-        limits=httpx.Limits(
-            max_connections=server.connections, keepalive_expiry=_IDLE_SECONDS
-        ),
+        limits=httpx.Limits(max_connections=server.connections, keepalive_expiry=_IDLE_SECONDS),
     )
 
 

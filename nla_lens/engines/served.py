@@ -149,7 +149,7 @@ def _served(card: Any) -> Served | None:
     return Served(
         card["id"],
         root if isinstance(root, str) else card["id"],
-        int(length) if is_int(length) and length > 0 else None,
+        length if isinstance(length, int) and length > 0 else None,
     )
 
 
@@ -167,7 +167,9 @@ def pick(models: Sequence[Served], checkpoint: Checkpoint, server: Server) -> Se
     if server.model is not None:
         fitting = [m for m in models if m.name == server.model]
     else:
-        fitting = [m for m in models if _is_same(m.name, checkpoint) or _is_same(m.root, checkpoint)]
+        fitting = [
+            m for m in models if _is_same(m.name, checkpoint) or _is_same(m.root, checkpoint)
+        ]
     if fitting:
         return fitting[0]
     there = ", ".join(f"{m.name!r:.120}" for m in models[:5])
