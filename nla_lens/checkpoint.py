@@ -31,10 +31,12 @@ class Checkpoint:
     Attributes:
         name: What the caller called it.
         path: Its directory.
+        revision: Branch, tag or commit of a hub repository, where one was asked for.
     """
 
     name: str
     path: Path
+    revision: str | None = None
 
     @cached_property
     def sidecar(self) -> Sidecar:
@@ -158,7 +160,7 @@ def open_checkpoint(
     if os.path.isdir(local):
         return Checkpoint(str(name), local)
     wanted = [*_SMALL_FILES, *(_WEIGHTS if weights else ()), *(("*.py",) if foreign_code else ())]
-    return Checkpoint(str(name), _download(str(name), revision, wanted))
+    return Checkpoint(str(name), _download(str(name), revision, wanted), revision)
 
 
 def _as_path(name: str | Path) -> Path:

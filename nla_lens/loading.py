@@ -89,12 +89,7 @@ def _open(name: str | Path, request: Request, engine: str) -> Checkpoint:
             weights=not is_served(engine),
             foreign_code=foreign_code,
         )
-    if request.revision is not None:
-        raise NLAError(
-            f"revision={request.revision!r} has no meaning with engine={engine!r}: the server runs "
-            "the revision that is deployed there"
-        )
-    return open_checkpoint(name, weights=False)
+    return open_checkpoint(name, revision=request.revision, weights=False)
 
 
 def _fetch_head(ar: Checkpoint) -> None:

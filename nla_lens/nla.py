@@ -19,7 +19,7 @@ from nla_lens.explaining import Options, explain_batch
 from nla_lens.explanation import Explanation, Explanations
 from nla_lens.extraction import Positions, Text, open_source, read_text
 from nla_lens.loading import Request, load_halves, torch_device, torch_dtype
-from nla_lens.progress import with_progress
+from nla_lens.progress import waiting, with_progress
 from nla_lens.reconstructor import Reconstructor, check_texts
 from nla_lens.spec import NLASpec
 from nla_lens.vectors import VectorBatch, VectorsLike, check_vectors
@@ -216,7 +216,8 @@ class NLA:
         Raises:
             NLAError: No source model is known, or a position the text does not have.
         """
-        self._check_options(Options.of(options))
+        wishes = Options.of(options)
+        self._check_options(wishes)
         if not is_int(generate) or generate < 0:
             raise NLAError(f"generate={generate!r} must be the number of tokens to write, or 0")
         place = self.spec.place
@@ -225,7 +226,8 @@ class NLA:
         if model is None:
             model = self._source_model(whole=generate > 0)
         source = open_source(model, n_blocks=None if generate else place.n_blocks)
-        resid = read_text(source, text, place, positions=positions, generate=generate)
+        with waiting("reading the text", wishes.progress):
+            resid = read_text(source, text, place, positions=positions, generate=generate)
         explained = self.explain(resid, **options)
         if not isinstance(explained, Explanations):
             raise NLAError(f"expected one explanation per position, found {explained!r}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nla_lens.batching import choose_batch_size
 from nla_lens.engines import Job
-from nla_lens.engines.kv_cache import empty_cache, joined, repeated, select
+from nla_lens.engines.kv_cache import empty_cache, joined, n_shared, repeated, select, shared
 from nla_lens.errors import NLAError
 from nla_lens.sampling import Sampler
 
@@ -61,6 +61,14 @@ class Forward(Protocol):
         """
         ...
 
+    def can_share(self, n_columns: int) -> bool:
+        """Whether `run` takes a cache that keeps a common prefix once, see `kv_cache.shared`.
+
+        Args:
+            n_columns: The longest that a row can become.
+        """
+        ...
+
 
 @dataclass
 class _Flight:
@@ -70,7 +78,7 @@ class _Flight:
         rows: Their indices in the job; `_OVER` for a row that is over and not yet dropped.
         generated: Their ids so far.
         cache: Keys and values, newest column last.
-        mask_BL: Which columns of the cache are a row's own.
+        mask_BL: Which columns of the cache, shared ones apart, are a row's.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -186,8 +194,11 @@ class Decoder:
         """Runs the prompt from the marker on, injecting; what is before it is shared."""
         n = len(started.rows)
         suffix_BT = self._ids([list(job.prompt_ids[job.marker :])] * n)
-        started.cache = repeated(self._prefix_of(job), n)
-        started.mask_BL = torch.ones(n, len(job.prompt_ids), dtype=torch.bool, device=self._device)
+        prefix, n_tokens = self._prefix_of(job), len(job.prompt_ids)
+        share = self._forward.can_share(n_tokens + job.max_new_tokens)
+        started.cache = (shared if share else repeated)(prefix, n)
+        n_own = n_tokens - n_shared(started.cache)
+        started.mask_BL = torch.ones(n, n_own, dtype=torch.bool, device=self._device)
         return self._forward.run(
             suffix_BT, started.cache, injected_BD=job.injected_ND[started.rows]
         )
@@ -208,6 +219,7 @@ class Decoder:
         flight.mask_BL = mask_BL
         if mask_BL.all():
             return self._forward.run(newest_B1, flight.cache)
+        mask_BL = torch.nn.functional.pad(mask_BL, (n_shared(flight.cache), 0), value=True)
         before = len(job.prompt_ids) - 1
         positions_B1 = self._ids([[before + len(ids)] for ids in flight.generated])
         return self._forward.run(
@@ -237,6 +249,10 @@ class LocalVerbalizer:
         ids_1T = torch.tensor([list(ids)], device=self._device)
         embedded: Tensor = self._lm.get_input_embeddings()(ids_1T)[0]
         return embedded.float().cpu()
+
+    def can_share(self, n_columns: int) -> bool:
+        """See `Forward`; not where the framework brings attention of its own."""
+        return False
 
     def generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
         """Yields (row, ids) as rows are over."""

@@ -6,7 +6,8 @@ itself, and the distance between two columns is the distance between two tokens,
 hold, too.
 
 transformers' own caches grow by copying everything at each token (`DynamicCache`), or attend over
-their full capacity (`StaticCache`); here a buffer with room to spare is written in place.
+their full capacity (`StaticCache`); here a buffer with room to spare is written in place. A cache
+may also keep the columns that all rows share once, apart from the rows' own (`shared`).
 """
 
 from __future__ import annotations
@@ -22,17 +23,38 @@ _ROOM: Final = 64
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one block, `[B, heads, L, head_dim]`, views into a larger buffer."""
+    """Keys and values of one block, `[B, heads, L, head_dim]`, views into a larger buffer.
+
+    Attributes:
+        keys: Keys of the rows' own columns.
+        values: Their values.
+        shared: Keys and values, `[1, heads, P, head_dim]`, of columns before them that all rows
+            share; None: there are none. Attention finds them as `shared_prefix` of the keys it is
+            given, see `nla_lens.engines.shared_prefix`.
+    """
 
     keys: Tensor
     values: Tensor
+    shared: tuple[Tensor, Tensor] | None = None
     _buffers: tuple[Tensor, Tensor] | None = None
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Columns of a row, shared ones included."""
+        return self._n_own() + self.n_shared
+
+    @property
+    def n_shared(self) -> int:
+        """Columns that all rows share."""
+        return self.shared[0].shape[-2] if self.shared else 0
+
+    def _n_own(self) -> int:
+        return self.keys.shape[-2] if self.is_initialized else 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends columns in place; copies only when the room is used up."""
-        length = self.get_seq_length()
+        length = self._n_own()
         needed = length + key_states.shape[-2]
         if self._buffers is None or needed > self._buffers[0].shape[-2]:
             self._buffers = tuple(
@@ -44,6 +66,8 @@ class RoomyLayer(DynamicLayer):
         for buffer, new in zip(self._buffers or (), (key_states, value_states), strict=True):
             buffer[..., length:needed, :] = new
         self.keys, self.values = (buffer[..., :needed, :] for buffer in self._buffers or ())
+        if self.shared:
+            self.keys.shared_prefix = self.shared  # type: ignore[attr-defined]
         return self.keys, self.values
 
     def put(self, keys: Tensor, values: Tensor) -> None:
@@ -76,21 +100,41 @@ def repeated(prefix: Cache, rows: int) -> Cache:
     return cache
 
 
+def shared(prefix: Cache, rows: int) -> Cache:
+    """As `repeated`, with the columns of `prefix` kept once and apart."""
+    cache = empty_cache()
+    for index, layer in enumerate(prefix.layers):
+        own = _layer(cache, index)
+        _, heads, _, head_dim = layer.keys.shape
+        own.put(
+            layer.keys.new_empty(rows, heads, 0, head_dim),
+            layer.values.new_empty(rows, heads, 0, layer.values.shape[-1]),
+        )
+        own.shared = layer.keys, layer.values
+    return cache
+
+
+def n_shared(cache: Cache) -> int:
+    """Columns that all rows share, kept once."""
+    return _layer(cache, 0).n_shared
+
+
 def select(cache: Cache, rows: Sequence[int], skip: int = 0) -> None:
-    """Keeps these rows, and drops the first `skip` columns."""
+    """Keeps these rows, and drops the first `skip` of their own columns."""
     for layer in cache.layers:
         index = torch.tensor(rows, device=layer.keys.device)
         layer.put(layer.keys[index, :, skip:], layer.values[index, :, skip:])
 
 
 def joined(first: Cache, second: Cache) -> Cache:
-    """The rows of both, the shorter ones with empty columns on their left."""
+    """The rows of both, the shorter ones with empty columns on the left of their own."""
     cache = empty_cache()
     for index, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
         _layer(cache, index).put(
             _stacked(a.keys, b.keys),
             _stacked(a.values, b.values),
         )
+        _layer(cache, index).shared = a.shared
     return cache
 
 

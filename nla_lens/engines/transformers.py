@@ -13,8 +13,9 @@ from nla_lens.anatomy import input_device, text_model
 from nla_lens.batching import length_batches
 from nla_lens.checkpoint import Checkpoint
 from nla_lens.checks import is_int
-from nla_lens.engines import Placement
+from nla_lens.engines import Placement, shared_prefix
 from nla_lens.engines.decoding import LocalVerbalizer
+from nla_lens.engines.onednn import products_by_onednn
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_backbone, load_causal_lm
 from nla_lens.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace
@@ -66,6 +67,12 @@ class TransformersVerbalizer(LocalVerbalizer):
         self.model = model
         self._rule = spec.injection
         self._place = injection_module(model, spec)
+        self._keeps_shared = shared_prefix.enable(model)
+        self._window = shared_prefix.narrowest_window(model)
+
+    def can_share(self, n_columns: int) -> bool:
+        """See `decoding.Forward`."""
+        return self._keeps_shared and (self._window is None or n_columns <= self._window)
 
     @torch.inference_mode()
     def run(
@@ -78,7 +85,7 @@ class TransformersVerbalizer(LocalVerbalizer):
         injected_BD: Tensor | None = None,
     ) -> Tensor:
         """See `decoding.Forward`."""
-        with self._injected(injected_BD):
+        with self._injected(injected_BD), products_by_onednn(self._device):
             out = self.model(
                 input_ids=ids_BT,
                 attention_mask=None if mask_BL is None else mask_BL.long(),
