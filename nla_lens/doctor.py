@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import click
 
@@ -14,8 +13,10 @@ from nla_lens.checkup import Finding
 from nla_lens.cli import print_findings
 from nla_lens.errors import NLAError
 
-_MUST_BE_EQUAL: Final = ("nnsight", "transformers")
 _TIMEOUT: Final = 30.0
+_REFUSALS: Final = (400, 401, 403)
+_Model: TypeAlias = tuple[str, str | None]
+"""Repository or directory, and revision: the server has each revision as a model of its own."""
 
 
 @click.command()
@@ -27,21 +28,34 @@ _TIMEOUT: Final = 30.0
     show_default=True,
     help="ndif (the server nnsight is configured for), or ndif:http://HOST:PORT.",
 )
+@click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--injection", type=click.Choice(["replace", "norm_matched_add"]), help="The rule.")
 @click.pass_context
 def doctor(
-    context: click.Context, /, checkpoint: str, ar: str | None, engine: str, injection: str | None
+    context: click.Context,
+    /,
+    checkpoint: str,
+    ar: str | None,
+    engine: str,
+    revision: str | None,
+    injection: str | None,
 ) -> None:
     """Say whether CHECKPOINT could run on an NDIF server; sends no job.
 
     Exit status 1 if anything stands in the way.
     """
-    if not print_findings(examine(checkpoint, ar=ar, engine=engine, injection=injection)):
+    findings = examine(checkpoint, ar=ar, engine=engine, revision=revision, injection=injection)
+    if not print_findings(findings):
         context.exit(1)
 
 
 def examine(
-    checkpoint: str, *, ar: str | None = None, engine: str = "ndif", injection: str | None = None
+    checkpoint: str,
+    *,
+    ar: str | None = None,
+    engine: str = "ndif",
+    revision: str | None = None,
+    injection: str | None = None,
 ) -> Iterator[Finding]:
     """What stands between a checkpoint and a server.
 
@@ -49,6 +63,7 @@ def examine(
         checkpoint: As in `NLA.from_pretrained`.
         ar: Reconstructor, where that is a verbalizer alone.
         engine: "ndif" or "ndif:http://HOST:PORT".
+        revision: Branch, tag or commit on the hub.
         injection: The rule, where neither sidecar nor known release says it.
 
     Yields:
@@ -65,35 +80,40 @@ def examine(
     import_nnsight()
     from nla_lens.engines.ndif import Server
 
-    names = _names(checkpoint, ar, injection)
+    models = _wanted(checkpoint, ar, revision, injection)
     server = Server.named(engine)
-    return _examine(names, server.address, server.api_key)
+    return _examine(models, server.address, lambda: server.api_key)
 
 
-def _examine(names: Mapping[str, str | None], host: str, key: str | None) -> Iterator[Finding]:
+def _examine(
+    models: Mapping[str, _Model | None], host: str, key: Callable[[], str | None]
+) -> Iterator[Finding]:
     reachable = _reachable(host)
     yield reachable
     if reachable.passed:
-        yield _key(host, key)
+        yield _key(host, key())
         yield from _versions(host)
-        yield from _models(host, names)
+        yield from _models(host, models)
 
 
-def _names(checkpoint: str, ar: str | None, injection: str | None) -> dict[str, str | None]:
+def _wanted(
+    checkpoint: str, ar: str | None, revision: str | None, injection: str | None
+) -> dict[str, _Model | None]:
     """What the server must have, by what it is for."""
     from nla_lens.checkpoint import name_halves
     from nla_lens.spec import read_spec
 
     halves = name_halves(checkpoint, None, ar)
-    spec = read_spec(checkpoint, ar=ar, injection=injection)
+    spec = read_spec(checkpoint, ar=ar, revision=revision, injection=injection)
     wanted = zip(("verbalizer", "reconstructor"), halves, strict=True)
-    names: dict[str, str | None] = {role: _as_server(name) for role, name in wanted if name}
-    return names | {"source model": _as_server(spec.source_model) if spec.source_model else None}
+    found = {role: _as_server(name, revision) for role, name in wanted if name}
+    # The halves' revision says nothing about another repository.
+    return found | {"source model": _as_server(spec.source_model) if spec.source_model else None}
 
 
-def _as_server(name: str | Path) -> str:
+def _as_server(name: str | Path, revision: str | None = None) -> _Model:
     path = Path(name).expanduser()
-    return str(path.resolve()) if path.is_dir() else str(name)
+    return (str(path.resolve()), None) if path.is_dir() else (str(name), revision)
 
 
 def _get(host: str, path: str, headers: Mapping[str, str] | None = None) -> Any:
@@ -123,48 +143,63 @@ def _reachable(host: str) -> Finding:
 def _key(host: str, key: str | None) -> Finding:
     import httpx
 
-    name, remedy = "the API key", "get one at https://login.ndif.us, then `nnsight login`"
-    if not key:
-        return Finding(
-            name, None, f"none is configured; a server with accounts wants one: {remedy}"
-        )
-    try:
-        email = _get(host, "/whoami", {"ndif-api-key": key}).get("email")
-    except (httpx.HTTPError, ValueError, AttributeError) as error:
-        from nla_lens.remote_errors import scrub
+    from nla_lens.remote_errors import scrub
 
+    name, remedy = "the API key", "get one at https://login.ndif.us, then `nnsight login`"
+    try:
+        owner = _get(host, "/whoami", {"ndif-api-key": key}).get("email") if key else None
+        refusal = None if owner else _refusal(host, key)
+    except (httpx.HTTPError, ValueError, AttributeError) as error:
         return Finding(name, None, f"could not be asked about ({scrub(str(error), key)})")
-    if email:
-        return Finding(name, True, f"belongs to {email}")
-    detail = (
-        "the server names no owner for it: either it is not valid, or the server has no accounts"
+    if owner:
+        return Finding(name, True, f"belongs to {owner}")
+    if refusal is not None:
+        return Finding(name, False, f"the server refuses it ({scrub(refusal, key)}); {remedy}")
+    if key:
+        return Finding(name, True, "the server takes it, and names no owner")
+    return Finding(
+        name, None, f"none is configured, and this server wants none; elsewhere {remedy}"
     )
-    return Finding(name, None, f"{detail}; {remedy}")
+
+
+def _refusal(host: str, key: str | None) -> str | None:
+    """Why the server would take no job with this key; None where it would.
+
+    The envelope of a job is sent without a job in it: ndif looks at the key first, and then finds
+    that there is nothing to run.
+    """
+    import httpx
+
+    answer = httpx.post(
+        f"{host}/request",
+        data={"data": json.dumps({"model_key": "none"})},
+        headers={"ndif-api-key": key} if key else None,
+        timeout=_TIMEOUT,
+    )
+    if answer.status_code not in _REFUSALS:
+        return None
+    detail = answer.json().get("detail")
+    return " ".join(str(detail).split())
 
 
 def _versions(host: str) -> Iterator[Finding]:
-    import httpx
+    from nla_lens.engines.ndif_versions import compare
 
     try:
-        there = _get(host, "/env")["packages"]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        yield Finding("versions", None, f"the server does not say ({error})")
+        found = compare(host, _TIMEOUT)
+    except NLAError as error:
+        yield Finding("versions", None, str(error))
         return
-    for package in _MUST_BE_EQUAL:
-        try:
-            here = version(package)
-        except PackageNotFoundError:
-            here = "not installed"
-        found = str(there.get(package, "unknown"))
+    for package, (here, there) in found.items():
         # A release of transformers may lay modules out anew; a patch of it does not.
-        equal = here.split(".")[:2] == found.split(".")[:2]
-        detail = f"{here} here, {found} there"
+        equal = here.split(".")[:2] == there.split(".")[:2]
+        detail = f"{here} here, {there} there"
         if not equal:
-            detail += f"; traces may not fit: pip install {package}=={found}"
+            detail += f"; traces may not fit: pip install {package}=={there}"
         yield Finding(f"version of {package}", equal or None, detail)
 
 
-def _models(host: str, names: Mapping[str, str | None]) -> Iterator[Finding]:
+def _models(host: str, wanted: Mapping[str, _Model | None]) -> Iterator[Finding]:
     import httpx
 
     try:
@@ -173,23 +208,28 @@ def _models(host: str, names: Mapping[str, str | None]) -> Iterator[Finding]:
     except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
         yield Finding("models", None, f"the server does not say which are up ({error})")
         return
-    for role, name in names.items():
-        if name is None:
+    for role, model in wanted.items():
+        if model is None:
             yield Finding(role, None, "the checkpoint does not name it")
             continue
-        found = sorted({state for repo, state in states if repo == name})
+        found = sorted({state for deployed, state in states if deployed == model})
+        called = model[0] if model[1] is None else f"{model[0]} (revision {model[1]})"
         if "RUNNING" in found:
-            yield Finding(role, True, f"{name} is up")
+            yield Finding(role, True, f"{called} is up")
         else:
             what = f"is {' and '.join(found)}" if found else "is not deployed"
+            others = {had[1] or "none given" for had, _ in states if had[0] == model[0]}
+            if others and not found:
+                what += f" (but other revisions are: {', '.join(sorted(others))})"
             remedy = "ask for it (on a server of your own: `ndif deploy`), or run it elsewhere"
-            yield Finding(role, False, f"{name} {what}; {remedy}")
+            yield Finding(role, False, f"{called} {what}; {remedy}")
 
 
-def _state(name: str, value: Mapping[str, Any]) -> tuple[str, str]:
-    """Repository and state of one deployment; an entry without fields has both in its name."""
-    repo = value.get("repo_id")
+def _state(name: str, value: Mapping[str, Any]) -> tuple[_Model, str]:
+    """Model and state of one deployment; an entry without fields has the model in its name."""
+    repo, revision = value.get("repo_id"), value.get("revision")
     if repo is None:
         _, brace, rest = str(value.get("model_key") or name).partition("{")
-        repo = json.loads(brace + rest)["repo_id"] if brace else name
-    return str(repo), str(value.get("application_state", "unknown"))
+        named = json.loads(brace + rest) if brace else {"repo_id": name}
+        repo, revision = named["repo_id"], named.get("revision")
+    return (str(repo), revision), str(value.get("application_state", "unknown"))

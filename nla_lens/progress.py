@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 _SHOWN_AFTER_SECONDS: Final = 1.5
+
+
+class _Bars(threading.local):
+    """The bars that are open in a thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.open: list[Any] = []
+
+
+_bars = _Bars()
 
 
 def with_progress(
@@ -21,16 +34,50 @@ def with_progress(
         show: True always, False never, None where stdout is a terminal or a notebook.
         unit: What one item is called.
     """
+    with _bar("explaining", show, total=total, unit=unit) as bar:
+        if bar is None:
+            yield from items
+            return
+        for item in items:
+            yield item
+            bar.update()
+
+
+def show_state(state: str) -> None:
+    """Says what is being waited for, at the innermost bar of this thread, if there is one."""
+    for bar in _bars.open[-1:]:
+        bar.set_postfix_str(state, refresh=time.time() - bar.start_t > bar.delay)
+
+
+@contextlib.contextmanager
+def waiting(what: str, show: bool | None) -> Iterator[None]:
+    """A line while a server is waited for: without `show_state` in it, nothing is shown.
+
+    Args:
+        what: What is being done.
+        show: As in `with_progress`.
+    """
+    with _bar(what, show, bar_format="{desc}: {elapsed}{postfix}"):
+        yield
+
+
+@contextlib.contextmanager
+def _bar(what: str, show: bool | None, **options: Any) -> Iterator[Any]:
     if show is None:
         show = sys.stdout.isatty() or _in_notebook()
     if not show:
-        yield from items
+        yield None
         return
     from tqdm.auto import tqdm
 
-    yield from tqdm(
-        items, total=total, unit=unit, delay=_SHOWN_AFTER_SECONDS, desc="explaining", leave=False
-    )
+    # A generator may be closed by another thread than the one that began it.
+    bars = _bars.open
+    with tqdm(desc=what, delay=_SHOWN_AFTER_SECONDS, leave=False, **options) as bar:
+        bars.append(bar)
+        try:
+            yield bar
+        finally:
+            bars.remove(bar)
 
 
 def _in_notebook() -> bool:

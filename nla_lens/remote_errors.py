@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from nla_lens.errors import NLAError, NLARemoteError
 
 _MOST_OF_A_MESSAGE: Final = 400
 _HIDDEN: Final = "<key>"
 _KEY_SHAPE: Final = re.compile(r"\b[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b")
+# A presigned address is a key to what it points at.
+_QUERY: Final = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]*")
 
 
 class SilenceError(Exception):
@@ -25,6 +27,10 @@ class SilenceError(Exception):
     def __init__(self, state: str, seconds: float) -> None:
         super().__init__(f"no word for {seconds:g} s after {state}")
         self.state, self.seconds = state, seconds
+
+
+class StoreError(Exception):
+    """A finished result could not be fetched from where the server keeps it."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class _Known:
 
 
 _COMPARE: Final = (
-    "compare both sides with `nla-lens doctor --engine ndif CHECKPOINT` or "
-    "`nnsight.ndif.compare()`, and install the server's versions of nnsight and transformers here"
+    "install the server's versions of nnsight and transformers here; "
+    "`nnsight.ndif.compare()` lists every package"
 )
 _KNOWN: Final = (
     _Known(
@@ -75,7 +81,8 @@ _KNOWN: Final = (
         "pass a smaller batch_size= or max_new_tokens=",
     ),
     _Known(
-        r"error submitting request|evicted|cancelled|preempted|actor|replica",
+        r"error submitting request|evicted|cancelled or preempted|cancelled by operator"
+        r"|\bactor\b|\breplica\b",
         "actor",
         "the model's process on the server ended while it ran the request",
         "it is usually up again within seconds: ask again for the vectors that are missing",
@@ -90,13 +97,20 @@ _KNOWN: Final = (
 
 
 @contextlib.contextmanager
-def told(model: str, host: str, key: str | None = None) -> Iterator[None]:
+def told(
+    model: str,
+    host: str,
+    key: Callable[[], str | None] = lambda: None,
+    versions: Callable[[], str] = str,
+) -> Iterator[None]:
     """Turns whatever a remote run raises into an `NLARemoteError`.
 
     Args:
         model: What ran there.
         host: The server.
-        key: The API key, to be taken out of messages.
+        key: The API key, to be taken out of messages. A function: some tools print the values of
+            a traceback's frames, this one included.
+        versions: What is installed on both sides, asked for where that may be the cause.
 
     Raises:
         NLARemoteError: The run failed.
@@ -107,30 +121,44 @@ def told(model: str, host: str, key: str | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         # `from None`: the original may hold the key in its message, its request or its frames.
-        raise tell(error, model, host, key) from None
+        raise tell(error, model, host, key(), versions) from None
 
 
-def tell(error: BaseException, model: str, host: str, key: str | None = None) -> NLARemoteError:
-    """One failure as an `NLARemoteError`."""
-    words = scrub(_words(error), key)
+def tell(
+    error: BaseException,
+    model: str,
+    host: str,
+    key: str | None = None,
+    versions: Callable[[], str] = str,
+) -> NLARemoteError:
+    """One failure as an `NLARemoteError`; see `told`."""
+    words = _words(error)
     cause, what, remedy = _classify(error, words)
+    words = scrub(_shortened(words), key)
     said = f" ({words})" if words else ""
-    return NLARemoteError(f"{what}: {model} at {scrub(host, key)}{said}; {remedy}", cause=cause)
+    found = versions() if cause == "versions" else ""
+    both = f" [{found}]" if found else ""
+    return NLARemoteError(
+        f"{what}: {model} at {scrub(host, key)}{said}{both}; {remedy}", cause=cause
+    )
 
 
 def scrub(text: str, key: str | None) -> str:
-    """A text without the API key, or anything of its shape."""
+    """A text without the API key, anything of its shape, or the signature of an address."""
     if key:
         text = text.replace(key, _HIDDEN)
-    return _KEY_SHAPE.sub(_HIDDEN, text)
+    return _QUERY.sub(r"\1", _KEY_SHAPE.sub(_HIDDEN, text))
 
 
 def _words(error: BaseException) -> str:
     text = str(error).strip()
-    # The last line of a traceback is what happened.
+    # The last line of a traceback is what happened; the others name the server's own files.
     if "Traceback (most recent call last)" in text:
         text = text.splitlines()[-1]
-    words = " ".join(text.split())
+    return " ".join(text.split())
+
+
+def _shortened(words: str) -> str:
     return words if len(words) <= _MOST_OF_A_MESSAGE else words[:_MOST_OF_A_MESSAGE] + "…"
 
 
@@ -141,21 +169,22 @@ def _classify(error: BaseException, words: str) -> tuple[str, str, str]:
             "silent",
             f"the server has been silent for {error.seconds:g} s, last heard: {error.state}",
             "the request may still be running, so it is not sent again by itself; ask again later, "
-            "or wait longer (engine.patience)",
+            "or wait longer (engine.server.patience)",
         )
     names = {base.__name__ for base in type(error).__mro__}
-    if _status_code(error) is not None or "HTTPStatusError" in names:
+    if isinstance(error, StoreError) or "HTTPStatusError" in names:
         return (
             "store",
-            f"the server answered HTTP {_status_code(error)} when asked for a result",
-            "its object store is away, without which results that are large or polled cannot be "
-            "had; tell whoever runs it",
+            "the run is over, but its result cannot be fetched",
+            "the server's object store is away, without which results that are large or polled "
+            "cannot be had; tell whoever runs it",
         )
     if "RemoteError" in names:
         for known in _KNOWN:
-            if re.search(known.pattern, f"{words} {error}", re.IGNORECASE):
+            if re.search(known.pattern, words, re.IGNORECASE):
                 return known.cause, known.what, known.remedy
-        if re.search(r"connect|refused|resolve|timed out", words, re.IGNORECASE):
+        # An HTTP status is an answer; what never got one has another kind of cause.
+        if "TransportError" in {base.__name__ for base in type(error.__cause__).__mro__}:
             return _UNREACHABLE
         return "failed", "the run failed on the server", "what it says is above"
     if "WebSocketConnectionClosedException" in names:
@@ -163,7 +192,8 @@ def _classify(error: BaseException, words: str) -> tuple[str, str, str]:
             "lost",
             "the server hung up before the result came",
             "the request may have run; ask again for the vectors that are missing, or use "
-            "non-blocking jobs, whose results can be fetched later",
+            "non-blocking jobs (engine.server.blocking = False), which a lost connection does not "
+            "hurt",
         )
     if names & {"OSError", "HTTPError", "TransportError", "WebSocketException"}:
         return _UNREACHABLE
@@ -175,9 +205,3 @@ _UNREACHABLE: Final = (
     "the server cannot be reached",
     "check the network and the address (NDIF_HOST; nnsight's configuration)",
 )
-
-
-def _status_code(error: Any) -> int | None:
-    response = getattr(error, "response", None)
-    code = getattr(response, "status_code", None)
-    return code if isinstance(code, int) else None

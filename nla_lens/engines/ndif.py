@@ -10,17 +10,21 @@ names another server, and `"ndif:local"` is nnsight's simulation of one in this 
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 from torch import Tensor
 
 from nla_lens.anatomy import text_model
 from nla_lens.checkpoint import Checkpoint
 from nla_lens.engines import Job, Placement
 from nla_lens.engines.ndif_backend import NDIFBackend, Patience, SimulatedBackend, Traffic
+from nla_lens.engines.ndif_versions import described
 from nla_lens.engines.nnsight import NNsightReconstructor, NNsightVerbalizer, import_nnsight
 from nla_lens.engines.transformers import find_eos_ids
 from nla_lens.errors import NLAError
@@ -91,7 +95,10 @@ class Server:
 
     def told(self, what: str) -> Any:
         """A context in which failures become an `NLARemoteError`."""
-        return told(what, self.address, self.api_key)
+        return told(what, self.address, lambda: self.api_key, self._versions)
+
+    def _versions(self) -> str:
+        return described(self.address, self.patience.connect)
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,14 @@ class RemoteModel:
     server: Server
 
     @classmethod
-    def open(cls, name: str, path: Path | None, server: Server, tokenizer: Any) -> RemoteModel:
+    def open(
+        cls,
+        name: str,
+        path: Path | None,
+        server: Server,
+        tokenizer: Any,
+        revision: str | None = None,
+    ) -> RemoteModel:
         """Builds a model's shape from its config.
 
         Args:
@@ -119,6 +133,7 @@ class RemoteModel:
             path: The directory, as the server knows it, where it is no repository.
             server: The server.
             tokenizer: The model's own: nnsight cannot always tell it from a config.
+            revision: Of the repository; to the server, each one deployed is another model.
 
         Raises:
             NLAError: No such model, or none that nnsight can build.
@@ -126,12 +141,13 @@ class RemoteModel:
         repo = name if path is None else str(path.resolve())
         try:
             model = import_nnsight().TransformersModel(
-                repo, task="text-generation", tokenizer=tokenizer
+                repo, task="text-generation", tokenizer=tokenizer, revision=revision
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise NLAError(f"the shape of {repo} cannot be built: {reason}") from error
-        return cls(name, model, model_key(model, repo, is_local=path is not None), server)
+        called = name if revision is None else f"{name} (revision {revision})"
+        return cls(called, model, model_key(model, repo, is_local=path is not None), server)
 
     def backend(self) -> Any:
         """What runs one trace."""
@@ -140,15 +156,11 @@ class RemoteModel:
 
 def model_key(model: Any, repo: str, *, is_local: bool) -> str:
     """The server's name of a model; nnsight asks the hub for a repository's exact spelling."""
-    import json
-
     if not is_local:
-        try:
-            return str(model.to_model_key())
         # Offline, or a hub that is away: the spelling is then taken as it is.
-        except Exception:
-            pass
-    named = {"repo_id": repo, "revision": None, "task": model.task}
+        with contextlib.suppress(OSError, ValueError, httpx.HTTPError):
+            return str(model.to_model_key())
+    named = {"repo_id": repo, "revision": model.revision, "task": model.task}
     return f"nnsight.modeling.transformers.TransformersModel:{json.dumps(named)}"
 
 
@@ -250,7 +262,8 @@ def _open_half(checkpoint: Checkpoint, placement: Placement, engine: str) -> Rem
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=placement.trust_remote_code)
     is_local = Path(checkpoint.name).expanduser().is_dir()
     path = checkpoint.path if is_local else None
-    return RemoteModel.open(checkpoint.name, path, Server.named(engine), tokenizer)
+    server = Server.named(engine)
+    return RemoteModel.open(checkpoint.name, path, server, tokenizer, checkpoint.revision)
 
 
 def _eos_ids(checkpoint: Checkpoint, model: Any) -> frozenset[int]:
