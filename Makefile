@@ -1,8 +1,18 @@
 # Needs Python 3.10 to 3.13 and make, nothing else. `make` alone lists the targets.
 
 PYTHON ?= python3
-# NDIF's server runs on Python 3.12 or 3.13.
-PYTHON312 ?= python3.12
+# NDIF's server runs on Python 3.12 or 3.13: the first that does run, as pyenv leaves commands on PATH
+# that only fail. Looked for when it is needed.
+PYTHON312 ?= $(shell $(find_python312))
+define find_python312
+pyenv=$$(pyenv root 2>/dev/null || echo "$$HOME/.pyenv"); \
+for python in python3.12 python3.13 python3 "$$pyenv"/versions/3.1[23].*/bin/python3; do \
+  "$$python" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' \
+    >/dev/null 2>&1 && { echo "$$python"; exit; }; \
+done; echo "Python 3.12 or 3.13"
+endef
+# Of Python 3, for each environment.
+OLDEST = 10
 PYTEST_ARGS ?=
 
 # The models in the demo and the tests are small: one thread is as fast as many on an idle machine,
@@ -12,7 +22,7 @@ TOKENIZERS_PARALLELISM ?= false
 PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
-.PHONY: help demo test test-slow test-courses test-sae-lens test-ndif clean
+.PHONY: help demo test test-slow test-courses test-sae-lens test-ndif find-redis clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -39,10 +49,13 @@ test-courses: .venv-courses/.test  ## run the suite with transformer-lens 2.18 a
 test-sae-lens: .venv-sae-lens/.test  ## run the suite with sae-lens and transformer-lens 3.9
 	HF_HUB_OFFLINE=1 .venv-sae-lens/bin/python -m pytest $(PYTEST_ARGS)
 
-test-ndif: .venv-ndif/.test  ## test against a real NDIF server; needs Python 3.12 and redis-server
+# Redis is looked for first: the environment takes minutes.
+test-ndif: find-redis .venv-ndif/.test  ## test against a real NDIF server; needs Python 3.12 and redis-server
+	NLA_LENS_TEST_NDIF=1 HF_HUB_OFFLINE=1 .venv-ndif/bin/python -m pytest tests/ndif_server $(PYTEST_ARGS)
+
+find-redis:
 	@command -v redis-server >/dev/null || { \
 	  echo "nla-lens: there is no redis-server here; Debian has it in a package of that name." >&2; exit 1; }
-	NLA_LENS_TEST_NDIF=1 HF_HUB_OFFLINE=1 .venv-ndif/bin/python -m pytest tests/test_ndif_server.py $(PYTEST_ARGS)
 
 clean:  ## remove the environments, caches and build leftovers
 	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif build dist nla_lens.egg-info
@@ -80,13 +93,14 @@ comma := ,
 	@touch $@
 
 .venv-ndif/.python: PYTHON = $(PYTHON312)
+.venv-ndif/.python: OLDEST = 12
 
 %/.python:
 	@command -v "$(PYTHON)" >/dev/null || { \
-	  echo "nla-lens: there is no '$(PYTHON)' here. Install Python 3.10 to 3.13, or name one:" \
+	  echo "nla-lens: there is no '$(PYTHON)' here. Install Python 3.$(OLDEST) to 3.13, or name one:" \
 	    "make PYTHON=python3.12" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo "nla-lens: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1). Python 3.10 to 3.13 is needed;" \
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, $(OLDEST)) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "nla-lens: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1). Python 3.$(OLDEST) to 3.13 is needed;" \
 	    "name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "nla-lens: '$(PYTHON)' has no venv or no ensurepip module, so no environment can be made." \

@@ -1,4 +1,4 @@
-"""What is said when a server fails; what a real one does is in `test_ndif_server.py`."""
+"""What is said when a server fails; what a real one does is in `ndif_server/`."""
 
 import socket
 import time

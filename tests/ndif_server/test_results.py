@@ -1,86 +1,35 @@
-"""Engine "ndif" against a real NDIF server on loopback; `make test-ndif` runs this."""
+"""What a real NDIF server answers is what one has here."""
 
-import json
 import os
-import shutil
-import signal
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import nnsight
 import pytest
 import torch
+from nnsight.schema.config import CONFIG
 
 import nla_lens
 from nla_lens import NLA
 from nla_lens.doctor import examine
-from nla_lens.errors import NLARemoteError
+from tests.checkpoints import EXPLANATIONS
 
-from .checkpoints import EXPLANATIONS, build_av, build_pair, build_source, vectors
+from .conftest import REPO, REVISION, ids, many, settings
+from .server import GUEST, KEY, OWNER, Server, model_key
 
-if "NLA_LENS_TEST_NDIF" not in os.environ:
-    pytest.skip("needs the server's environment: make test-ndif", allow_module_level=True)
-
-import nnsight
-from nnsight.schema.config import CONFIG
-
-from .ndif_server.server import Server, model_key
-
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
 K = 3
 TEXTS = ["The garlic sizzles in the pan.", "Rain", "Rain falls on the roof."]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    directory = tmp_path_factory.mktemp("models")
-    source = build_source(directory / "source", "llama")
-    av, ar = build_pair(directory, "llama", base=source)
-    return {"source": source, "av": av, "ar": ar}
-
-
-@pytest.fixture(scope="module")
-def server(models: dict[str, Path]) -> Iterator[Server]:
-    with Server() as started:
-        started.deploy(list(models.values()))
-        host, CONFIG.API.HOST = CONFIG.API.HOST, started.url
-        try:
-            yield started
-        finally:
-            CONFIG.API.HOST = host
-
-
-@pytest.fixture
-def load(models: dict[str, Path], server: Server) -> Callable[..., NLA]:
-    def loaded(engine: Any = "ndif") -> NLA:
-        return NLA.from_pretrained(av=models["av"], ar=models["ar"], engine=engine)
-
-    return loaded
-
-
-@pytest.fixture(scope="module")
-def here(models: dict[str, Path]) -> Callable[[], NLA]:
-    return cache(lambda: NLA.from_pretrained(av=models["av"], ar=models["ar"]))
-
-
-def many(n: int) -> torch.Tensor:
-    return torch.cat([vectors(seed=seed) for seed in range(n // 6 + 1)])[:n]
-
-
-def settings(nla: NLA) -> Any:
-    engine: Any = nla.verbalizer.engine
-    return engine.server
-
-
-def ids(explanations: Any) -> list[Any]:
-    return [e.token_ids for e in explanations]
-
-
-def test_extraction_is_equal(models: dict[str, Path], server: Server) -> None:
+def test_extraction_is_equal(
+    models: dict[str, Path], server: Server, say: Callable[[str], None]
+) -> None:
     for positions in (None, [-1]):
         there = nla_lens.extract(models["source"], TEXTS, K, positions=positions, remote=True)
         local = nla_lens.extract(models["source"], TEXTS, K, positions=positions)
@@ -88,33 +37,38 @@ def test_extraction_is_equal(models: dict[str, Path], server: Server) -> None:
             float((a.as_ordinary() - b.as_ordinary()).abs().max())
             for a, b in zip(there, local, strict=True)
         ]
+        say(f"extraction, positions {positions}: largest difference {max(differences)}")
         assert differences == [0.0] * len(TEXTS)
 
 
 def test_sixteen_vectors_in_one_request(
-    load: Callable[..., NLA], here: Callable[[], NLA], capsys: pytest.CaptureFixture[str]
+    load: Callable[..., NLA], here: Callable[[], NLA], say: Callable[[str], None]
 ) -> None:
     nla = load()
     found = nla.explain(many(16), max_new_tokens=24, score=False)
-    assert ids(found) == ids(here().explain(many(16), max_new_tokens=24, score=False))
+    wanted = here().explain(many(16), max_new_tokens=24, score=False)
     traffic = settings(nla).traffic
+    say(
+        f"AV, d_model 64, 16 vectors, {traffic.requests} request, "
+        f"{sum(a == b for a, b in zip(ids(found), ids(wanted), strict=True))} rows equal; "
+        f"per explanation {traffic.sent / 16:.0f} bytes sent, {traffic.received / 16:.0f} received"
+    )
+    assert ids(found) == ids(wanted)
     assert traffic.requests == 1
-    with capsys.disabled():
-        print(
-            f"\nAV, d_model 64, 16 vectors in one request, per explanation: "
-            f"{traffic.sent / 16:.0f} bytes sent, {traffic.received / 16:.0f} received"
-        )
     sampled = {"max_new_tokens": 12, "score": False, "temperature": 1.0, "seed": 3}
     assert ids(nla.explain(many(4), **sampled)) == ids(here().explain(many(4), **sampled))
 
 
-def test_reconstructions_are_equal(load: Callable[..., NLA], here: Callable[[], NLA]) -> None:
+def test_reconstructions_are_equal(
+    load: Callable[..., NLA], here: Callable[[], NLA], say: Callable[[str], None]
+) -> None:
     difference = (load().reconstruct(EXPLANATIONS) - here().reconstruct(EXPLANATIONS)).abs().max()
+    say(f"AR: largest difference {float(difference)}")
     assert float(difference) <= 1e-6
 
 
 def test_explain_text_from_end_to_end(
-    load: Callable[..., NLA], here: Callable[[], NLA], capsys: pytest.CaptureFixture[str]
+    load: Callable[..., NLA], here: Callable[[], NLA], say: Callable[[str], None]
 ) -> None:
     nla = load()
     start = time.monotonic()
@@ -127,10 +81,7 @@ def test_explain_text_from_end_to_end(
     totals = [settings(nla).traffic, reconstructor.engine.server.traffic]
     totals.append(nla._source.remote.server.traffic)
     sent, received = sum(t.sent for t in totals), sum(t.received for t in totals)
-    with capsys.disabled():
-        print(
-            f"\nexplain_text, one position: {sent} bytes sent, {received} received, {seconds:.2f} s"
-        )
+    say(f"explain_text, one position: {sent} bytes sent, {received} received, {seconds:.2f} s")
 
 
 def test_jobs_without_a_connection(load: Callable[..., NLA], here: Callable[[], NLA]) -> None:
@@ -138,6 +89,17 @@ def test_jobs_without_a_connection(load: Callable[..., NLA], here: Callable[[], 
     settings(nla).blocking = False
     found = nla.explain(many(8), max_new_tokens=8, score=False)
     assert ids(found) == ids(here().explain(many(8), max_new_tokens=8, score=False))
+
+
+def test_a_result_too_large_for_the_connection(
+    models: dict[str, Path], load: Callable[..., NLA], server: Server
+) -> None:
+    """It is fetched from the object store."""
+    texts = ["Rain falls on the roof. " * 300 + str(n) for n in range(24)]
+    there = nla_lens.extract(models["source"], texts, K, remote=True)
+    assert sum(t.numel() * 4 for t in there) > 10 << 20
+    local = nla_lens.extract(models["source"], texts[:1], K)
+    assert torch.equal(there[0].as_ordinary(), local[0].as_ordinary())
 
 
 def test_a_probe_on_a_model_that_runs_there(
@@ -165,11 +127,7 @@ def test_blocks_of_users_who_are_not_trusted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They run in a process without the model, and are served its values over a socket."""
-    request = nnsight.schema.request.RequestModel
-    plain = request.metadata
-    monkeypatch.setattr(
-        request, "metadata", lambda self: json.dumps(json.loads(plain(self)) | {"trusted": False})
-    )
+    monkeypatch.setattr(CONFIG.API, "APIKEY", GUEST)
     nla, wishes = load(), {"max_new_tokens": 8, "score": False}
     assert ids(nla.explain(many(4), **wishes)) == ids(here().explain(many(4), **wishes))
     assert float((nla.reconstruct(TEXTS) - here().reconstruct(TEXTS)).abs().max()) <= 1e-6
@@ -179,84 +137,63 @@ def test_blocks_of_users_who_are_not_trusted(
         assert torch.equal(a.as_ordinary(), b.as_ordinary())
 
 
-def test_the_doctor(models: dict[str, Path], server: Server) -> None:
-    findings = {f.name: f for f in examine(str(models["av"]), ar=str(models["ar"]))}
+def test_a_revision_is_a_model_of_its_own(
+    server: Server, hub_cache: Path, here: Callable[[], NLA]
+) -> None:
+    code = f"""
+import sys
+from nla_lens import NLA, NLAError
+from tests.ndif_server.conftest import ids, many
+nla = NLA.from_pretrained(av={REPO!r}, revision=sys.argv[1], engine="ndif")
+try:
+    print(ids(nla.explain(many(2), max_new_tokens=6)))
+except NLAError as error:
+    print(error)
+"""
+    own = {"HF_HUB_CACHE": str(hub_cache), "NDIF_HOST": server.url, "NDIF_API_KEY": KEY}
+    said = {
+        revision: subprocess.run(
+            [sys.executable, "-c", code, revision],
+            env=os.environ | own,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=True,
+        ).stdout.strip()
+        for revision in (REVISION, "v1")
+    }
+    assert said[REVISION] == str(ids(here().explain(many(2), max_new_tokens=6, score=False)))
+    assert "not deployed" in said["v1"] and f"{REPO} (revision v1)" in said["v1"]
+
+
+def test_the_doctor(
+    models: dict[str, Path], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked() -> dict[str, Any]:
+        return {f.name: f for f in examine(str(models["av"]), ar=str(models["ar"]))}
+
+    findings = asked()
     for name in ("the server answers", "verbalizer", "reconstructor", "source model"):
         assert findings[name].passed, findings[name]
     assert findings["version of nnsight"].passed
+    assert findings["the API key"].passed and OWNER in findings["the API key"].detail
+    for wrong in (None, "sesame", KEY.replace("5", "6")):
+        monkeypatch.setattr(CONFIG.API, "APIKEY", wrong)
+        finding = asked()["the API key"]
+        assert finding.passed is False and "nnsight login" in finding.detail
+        assert wrong is None or wrong not in finding.detail
 
 
-def test_a_killed_model(load: Callable[..., NLA], here: Callable[[], NLA], server: Server) -> None:
-    nla, wanted = load(), here().explain(many(64), max_new_tokens=60, score=False)
-    traffic, killed_at = settings(nla).traffic, [0.0]
-
-    def kill() -> None:
-        while traffic.requests < 5:
-            time.sleep(0.01)
-        killed_at[0] = time.monotonic()
-        assert server.signal_actors(signal.SIGKILL) == 3
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    with pytest.raises(NLARemoteError, match="model's process on the server ended") as caught:
-        nla.explain(many(64), max_new_tokens=60, score=False, batch_size=4)
-    assert time.monotonic() - killed_at[0] < 10
-    killer.join()
-    finished = list(caught.value.explanations or ())
-    assert 0 < len(finished) < 64
-    assert ids(finished) == ids(wanted)[: len(finished)]
-
-    until = time.monotonic() + 90
-    while True:
-        before = traffic.requests
-        try:
-            rest = nla.explain(
-                many(64)[len(finished) :], max_new_tokens=60, score=False, batch_size=4
-            )
-            break
-        except NLARemoteError as error:
-            finished += error.explanations or ()
-            assert time.monotonic() < until, error
-            time.sleep(2)
-    assert ids([*finished, *rest]) == ids(wanted)
-    assert traffic.requests - before == -(-len(rest) // 4)
-
-
-def test_a_frozen_model(load: Callable[..., NLA], server: Server) -> None:
-    nla = load()
-    nla.explain(many(2), max_new_tokens=2, score=False)
-    settings(nla).patience.running = settings(nla).patience.queued = 3.0
-    server.signal_actors(signal.SIGSTOP)
-    try:
-        start = time.monotonic()
-        with pytest.raises(NLARemoteError, match="silent for 3 s") as caught:
-            nla.explain(many(2), max_new_tokens=2, score=False)
-        assert caught.value.cause == "silent"
-        assert time.monotonic() - start < 10
-    finally:
-        server.signal_actors(signal.SIGCONT)
-
-
-def test_what_is_not_there(models: dict[str, Path], load: Callable[..., NLA]) -> None:
-    elsewhere = models["av"].with_name("never-deployed-av")
-    shutil.copytree(models["av"], elsewhere)
-    nla = NLA.from_pretrained(av=elsewhere, engine="ndif")
-    with pytest.raises(NLARemoteError, match="not deployed") as caught:
-        nla.explain(many(1), max_new_tokens=2)
-    assert caught.value.cause == "not_deployed"
-
-    absent = load("ndif:http://127.0.0.1:9")
-    settings(absent).patience.connect = 0.5
-    with pytest.raises(NLARemoteError, match="cannot be reached"):
-        absent.explain(many(1), max_new_tokens=2)
-
-
-def test_another_version_of_the_model(
-    models: dict[str, Path], tmp_path: Path, server: Server
+def test_the_bar_shows_the_state(
+    load: Callable[..., NLA],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    larger = NLA.from_pretrained(av=build_av(tmp_path, "llama", n_blocks=8), engine="ndif")
-    engine: Any = larger.verbalizer.engine
-    engine.remote = replace(engine.remote, key=model_key(models["av"]))
-    with pytest.raises(NLARemoteError, match="compare both sides") as caught:
-        larger.explain(many(1), max_new_tokens=2)
-    assert caught.value.cause == "versions"
+    monkeypatch.setattr(nla_lens.progress, "_SHOWN_AFTER_SECONDS", 0.0)
+    load().explain_text(TEXTS[0], [-1], max_new_tokens=4, progress=True)
+    shown = capsys.readouterr().err
+    reading, _, explaining = shown.partition("explaining")
+    for part in (reading, explaining):
+        assert "received" in part and "running" in part
+    load().explain_text(TEXTS[0], [-1], max_new_tokens=4, progress=False)
+    assert capsys.readouterr().err == ""
