@@ -147,14 +147,14 @@ def _key(host: str, key: str | None) -> Finding:
 
     name, remedy = "the API key", "get one at https://login.ndif.us, then `nnsight login`"
     try:
+        refusal = _refusal(host, key)
+        if refusal is not None:
+            return Finding(name, False, f"the server refuses it ({scrub(refusal, key)}); {remedy}")
         owner = _get(host, "/whoami", {"ndif-api-key": key}).get("email") if key else None
-        refusal = None if owner else _refusal(host, key)
     except (httpx.HTTPError, ValueError, AttributeError) as error:
         return Finding(name, None, f"could not be asked about ({scrub(str(error), key)})")
     if owner:
         return Finding(name, True, f"belongs to {owner}")
-    if refusal is not None:
-        return Finding(name, False, f"the server refuses it ({scrub(refusal, key)}); {remedy}")
     if key:
         return Finding(name, True, "the server takes it, and names no owner")
     return Finding(

@@ -6,9 +6,8 @@ without the API key, which some of them repeat.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,6 +42,9 @@ class _Known:
     remedy: str
 
 
+_FINISHED: Final = (
+    "ask again for the vectors that are missing (what is finished is in this error's .explanations)"
+)
 _COMPARE: Final = (
     "install the server's versions of nnsight and transformers here; "
     "`nnsight.ndif.compare()` lists every package"
@@ -85,7 +87,7 @@ _KNOWN: Final = (
         r"|\bactor\b|\breplica\b",
         "actor",
         "the model's process on the server ended while it ran the request",
-        "it is usually up again within seconds: ask again for the vectors that are missing",
+        f"it is usually up again within seconds: {_FINISHED}",
     ),
     _Known(
         r"reconnecting|temporarily unavailable|auth backend",
@@ -96,32 +98,37 @@ _KNOWN: Final = (
 )
 
 
-@contextlib.contextmanager
-def told(
-    model: str,
-    host: str,
-    key: Callable[[], str | None] = lambda: None,
-    versions: Callable[[], str] = str,
-) -> Iterator[None]:
-    """Turns whatever a remote run raises into an `NLARemoteError`.
+@dataclass(frozen=True)
+class told:
+    """A context in which whatever a remote run raises becomes an `NLARemoteError`.
 
-    Args:
+    Some tools print the values of a traceback's frames. So this is no generator, as contextlib's
+    own frame would hold the original error, which may name the key.
+
+    Attributes:
         model: What ran there.
         host: The server.
-        key: The API key, to be taken out of messages. A function: some tools print the values of
-            a traceback's frames, this one included.
-        versions: What is installed on both sides, asked for where that may be the cause.
-
-    Raises:
-        NLARemoteError: The run failed.
+        key: Answers the API key, to be taken out of messages.
+        versions: Answers what is installed on both sides; asked where that may be the cause.
     """
-    try:
-        yield
-    except NLAError:
-        raise
-    except Exception as error:
-        # `from None`: the original may hold the key in its message, its request or its frames.
-        raise tell(error, model, host, key(), versions) from None
+
+    model: str
+    host: str
+    key: Callable[[], str | None] = lambda: None
+    versions: Callable[[], str] = str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raises:
+        NLARemoteError: The run failed.
+        """
+        if not isinstance(error, Exception) or isinstance(error, NLAError):
+            return
+        failure = tell(error, self.model, self.host, self.key(), self.versions)
+        del error, trace
+        raise failure from None
 
 
 def tell(
@@ -135,7 +142,8 @@ def tell(
     words = _words(error)
     cause, what, remedy = _classify(error, words)
     words = scrub(_shortened(words), key)
-    said = f" ({words})" if words else ""
+    # Of a silent server there is nothing to quote.
+    said = f" ({words})" if words and cause != "silent" else ""
     found = versions() if cause == "versions" else ""
     both = f" [{found}]" if found else ""
     return NLARemoteError(
@@ -153,8 +161,9 @@ def scrub(text: str, key: str | None) -> str:
 def _words(error: BaseException) -> str:
     text = str(error).strip()
     # The last line of a traceback is what happened; the others name the server's own files.
-    if "Traceback (most recent call last)" in text:
-        text = text.splitlines()[-1]
+    before, found, trace = text.partition("Traceback (most recent call last)")
+    if found:
+        text = f"{before} {trace.splitlines()[-1]}"
     return " ".join(text.split())
 
 
@@ -168,8 +177,8 @@ def _classify(error: BaseException, words: str) -> tuple[str, str, str]:
         return (
             "silent",
             f"the server has been silent for {error.seconds:g} s, last heard: {error.state}",
-            "the request may still be running, so it is not sent again by itself; ask again later, "
-            "or wait longer (engine.server.patience)",
+            "the request may still be running, so it is not sent again by itself; wait longer "
+            f"(engine.server.patience), or later {_FINISHED}",
         )
     names = {base.__name__ for base in type(error).__mro__}
     if isinstance(error, StoreError) or "HTTPStatusError" in names:
@@ -191,9 +200,8 @@ def _classify(error: BaseException, words: str) -> tuple[str, str, str]:
         return (
             "lost",
             "the server hung up before the result came",
-            "the request may have run; ask again for the vectors that are missing, or use "
-            "non-blocking jobs (engine.server.blocking = False), which a lost connection does not "
-            "hurt",
+            f"the request may have run; {_FINISHED}; non-blocking jobs (engine.server.blocking = "
+            "False) do not mind a lost connection",
         )
     if names & {"OSError", "HTTPError", "TransportError", "WebSocketException"}:
         return _UNREACHABLE

@@ -32,6 +32,8 @@ def answers() -> dict[str, Any]:
         "/whoami": {"email": "someone@example.org", "tags": []},
         "/env": {"python_version": "3.12", "packages": packages},
         "/status": {"deployments": {}},
+        # Those it takes; None takes all.
+        "keys": None,
     }
 
 
@@ -43,6 +45,15 @@ def host(answers: dict[str, Any]) -> Iterator[str]:
             self.send_response(answer if isinstance(answer, int) else 200)
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())
+
+        def do_POST(self) -> None:
+            # As ndif does: the key first, then what is missing.
+            self.rfile.read(int(self.headers["content-length"]))
+            wanted = answers["keys"]
+            refused = wanted is not None and self.headers["ndif-api-key"] not in wanted
+            self.send_response(403 if refused else 422)
+            self.end_headers()
+            self.wfile.write(json.dumps({"detail": "Invalid API key."}).encode())
 
         def log_message(self, *args: object) -> None:
             pass
@@ -108,6 +119,36 @@ def test_what_is_wrong_is_said(
     answers["/connected"] = 503
     status, output = run(host, pair)
     assert status == 1 and "no contact with its models" in output
+
+
+def test_a_key_is_good_or_not(
+    host: str,
+    pair: tuple[Path, Path],
+    answers: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers["/whoami"] = {"email": None, "tags": []}
+    for key, keys, said in (
+        (KEY, None, "ok   the API key: the server takes it"),
+        (None, None, "none is configured, and this server wants none"),
+        (KEY, [], "FAIL the API key: the server refuses it (Invalid API key.)"),
+        (None, [KEY], "FAIL the API key: the server refuses it (Invalid API key.)"),
+    ):
+        monkeypatch.setattr(CONFIG.API, "APIKEY", key)
+        answers["keys"] = keys
+        status, output = run(host, pair)
+        assert said in output and status == 1
+        assert KEY not in output
+
+
+def test_each_revision_is_a_model(
+    host: str, pair: tuple[Path, Path], answers: dict[str, Any]
+) -> None:
+    other = {"repo_id": str(pair[0]), "revision": "v2", "application_state": "RUNNING"}
+    answers["/status"]["deployments"] = {"x": other} | deployed(pair[1])
+    _, output = run(host, pair)
+    assert f"{pair[0]} is not deployed (but other revisions are: v2)" in output
+    assert f"{pair[1]} is up" in output
 
 
 def test_a_server_that_is_away(pair: tuple[Path, Path]) -> None:

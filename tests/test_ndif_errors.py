@@ -11,7 +11,7 @@ import pytest
 
 from nla_lens import NLA, NLAError
 from nla_lens.errors import NLARemoteError
-from nla_lens.remote_errors import SilenceError, scrub, tell, told
+from nla_lens.remote_errors import SilenceError, StoreError, scrub, tell, told
 
 from .checkpoints import vectors
 
@@ -33,6 +33,13 @@ def http_error() -> Exception:
     return httpx.HTTPStatusError("Server error '500'", request=request, response=response)
 
 
+def unsent() -> Exception:
+    """As nnsight raises it."""
+    error = RemoteError("Failed to send request: [Errno 111] Connection refused")
+    error.__cause__ = httpx.ConnectError("[Errno 111] Connection refused")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "cause", "remedy"),
     [
@@ -41,7 +48,7 @@ def http_error() -> Exception:
         (RemoteError("Invalid API key."), "key", "login.ndif.us"),
         (RemoteError("Could not deploy this model. No such repo"), "not_deployed", "ndif deploy"),
         (RemoteError("Error starting model. Please try again"), "not_deployed", "ndif deploy"),
-        (RemoteError(TRACEBACK), "versions", "compare both sides"),
+        (RemoteError(TRACEBACK), "versions", "install the server's versions"),
         (RemoteError("it has no module at 'model.layers.5'. The model architecture on this server"
                      " doesn't match"), "versions", "transformers"),
         (RemoteError("Client nnsight version 0.7 is below the minimum"), "versions", "install"),
@@ -49,8 +56,12 @@ def http_error() -> Exception:
         (RemoteError("Your job exceeded the execution timeout of 60s."), "too_long", "batch_size"),
         (RemoteError("Error submitting request to model deployment."), "actor", "missing"),
         (RemoteError("Replica was evicted while processing your request."), "actor", "missing"),
-        (RemoteError("Failed to send request: [Errno 111] Connection refused"), "unreachable",
-         "NDIF_HOST"),
+        (unsent(), "unreachable", "NDIF_HOST"),
+        (RemoteError("Failed to send request: Internal server error."), "failed", "above"),
+        (RemoteError("RuntimeError: no such factor"), "failed", "above"),
+        (RemoteError("Traceback (most recent call last):\n File 'ray/actor.py'\nValueError: x"),
+         "failed", "above"),
+        (StoreError("gone"), "store", "object store"),
         (RemoteError("compute backend is reconnecting."), "unreachable", "few minutes"),
         (RemoteError("NameError: name 'x' is not defined"), "failed", "above"),
         (websocket.WebSocketConnectionClosedException("closed"), "lost", "non-blocking"),
@@ -73,10 +84,22 @@ def test_every_failure_names_cause_and_remedy(error: Exception, cause: str, reme
 def test_the_key_is_nowhere() -> None:
     assert scrub(f"x {KEY} y", None) == "x <key> y"
     assert scrub("x sesame y", "sesame") == "x <key> y"
-    with pytest.raises(NLARemoteError) as caught, told("m", "h", KEY):
+    with pytest.raises(NLARemoteError) as caught, told("m", "h", lambda: KEY):
         raise RemoteError(f"Invalid API key format: '{KEY}'")
-    shown = "".join(traceback.format_exception(caught.value))
-    assert KEY not in shown.replace(__file__, "")
+    found = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    # The first frame is this test's own.
+    del found.stack[0]
+    assert KEY not in "".join(found.format())
+    signed = "'403 Forbidden' for url 'http://store/results/1?X-Amz-Signature=abc&x=y'"
+    assert scrub(signed, None) == "'403 Forbidden' for url 'http://store/results/1'"
+
+
+def test_versions_of_both_sides_are_named() -> None:
+    error = RemoteError("Client nnsight version 0.7 is below the minimum supported 0.8.")
+    said = tell(error, "m", "h", versions=lambda: "nnsight 0.7 here, 0.8 there")
+    assert "nnsight 0.7 here, 0.8 there" in str(said)
+    other = tell(RemoteError("Invalid API key."), "m", "h", versions=lambda: "never asked")
+    assert "never asked" not in str(other)
 
 
 def test_our_own_errors_pass() -> None:

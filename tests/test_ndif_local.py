@@ -20,6 +20,9 @@ from .checkpoints import EXPLANATIONS, FAMILIES, build_pair, build_source, vecto
 nnsight = pytest.importorskip("nnsight")
 pytest.importorskip("tenacity")
 
+from nla_lens.engines.ndif import RemoteModel, Server  # noqa: E402
+from nla_lens.hf import load_tokenizer  # noqa: E402
+
 RULES = ("replace", "norm_matched_add")
 LOCAL = "ndif:local"
 
@@ -133,7 +136,6 @@ def test_halves_may_run_in_different_places(pair_dirs: Callable[..., Any], nla: 
         ({"engine": "ndif:ftp://x"}, "after the colon"),
         ({"engine": {"av": "ndif", "sauce": "ndif"}}, "its keys are"),
         ({"engine": LOCAL, "dtype": "bfloat16"}, "the server decides"),
-        ({"engine": LOCAL, "revision": "abc"}, "deployed there"),
     ],
 )
 def test_what_cannot_be_asked_for(
@@ -142,6 +144,17 @@ def test_what_cannot_be_asked_for(
     av, ar = pair_dirs("llama", "replace")
     with pytest.raises(NLAError, match=said):
         NLA.from_pretrained(av=av, ar=ar, **options)
+
+
+def test_a_revision_has_a_key_of_its_own(source_dir: Path) -> None:
+    tokenizer = load_tokenizer(source_dir)
+    named = [
+        RemoteModel.open(str(source_dir), None, Server.named(LOCAL), tokenizer, revision)
+        for revision in (None, "v2")
+    ]
+    found = [json.loads(remote.key.partition(":")[2]) for remote in named]
+    assert [key["revision"] for key in found] == [None, "v2"]
+    assert named[1].name == f"{source_dir} (revision v2)"
 
 
 def test_remote_extraction_needs_a_name(load_pair: Callable[..., NLA], source_dir: Path) -> None:
