@@ -1,18 +1,22 @@
 # Needs Python 3.10 to 3.13 and make, nothing else. `make` alone lists the targets.
 
 PYTHON ?= python3
-# NDIF's server runs on Python 3.12 or 3.13: the first that does run, as pyenv leaves commands on PATH
-# that only fail. Looked for when it is needed.
-PYTHON312 ?= $(shell $(find_python312))
-define find_python312
+# NDIF's server runs on Python 3.12 or 3.13, vLLM's was resolved for 3.11: the first that does run, as
+# pyenv leaves commands on PATH that only fail. Looked for when it is needed.
+PYTHON312 ?= $(shell $(call find_python,12,13))
+PYTHON311 ?= $(shell $(call find_python,11,11))
+# $(call find_python,OLDEST,NEWEST)
+define find_python
 pyenv=$$(pyenv root 2>/dev/null || echo "$$HOME/.pyenv"); \
-for python in python3.12 python3.13 python3 "$$pyenv"/versions/3.1[23].*/bin/python3; do \
-  "$$python" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' \
+for python in python3.$(1) python3.$(2) python3 "$$pyenv"/versions/3.$(1).*/bin/python3 \
+    "$$pyenv"/versions/3.$(2).*/bin/python3; do \
+  "$$python" -c 'import sys; sys.exit(not (3, $(1)) <= sys.version_info[:2] <= (3, $(2)))' \
     >/dev/null 2>&1 && { echo "$$python"; exit; }; \
-done; echo "Python 3.12 or 3.13"
+done; echo "Python 3.$(1)"
 endef
 # Of Python 3, for each environment.
 OLDEST = 10
+NEWEST = 13
 PYTEST_ARGS ?=
 
 # The models in the demo and the tests are small: one thread is as fast as many on an idle machine,
@@ -22,7 +26,7 @@ TOKENIZERS_PARALLELISM ?= false
 PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
-.PHONY: help demo test test-slow test-courses test-sae-lens test-ndif find-redis clean
+.PHONY: help demo test test-slow test-courses test-sae-lens test-ndif test-vllm find-redis clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -53,12 +57,15 @@ test-sae-lens: .venv-sae-lens/.test  ## run the suite with sae-lens and transfor
 test-ndif: find-redis .venv-ndif/.test  ## test against a real NDIF server; needs Python 3.12 and redis-server
 	NLA_LENS_TEST_NDIF=1 HF_HUB_OFFLINE=1 .venv-ndif/bin/python -m pytest tests/ndif_server $(PYTEST_ARGS)
 
+test-vllm: .venv-vllm/.test  ## test against a real vLLM server on the CPU; needs Python 3.11
+	NLA_LENS_TEST_VLLM=1 HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/vllm_server $(PYTEST_ARGS)
+
 find-redis:
 	@command -v redis-server >/dev/null || { \
 	  echo "nla-lens: there is no redis-server here; Debian has it in a package of that name." >&2; exit 1; }
 
 clean:  ## remove the environments, caches and build leftovers
-	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif build dist nla_lens.egg-info
+	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif .venv-vllm build dist nla_lens.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -92,16 +99,27 @@ comma := ,
 	  pytest pytest-timeout -c constraints/ndif.txt
 	@touch $@
 
+# All of it is listed: vLLM asks for packages (torchvision and the like) that it does not need here
+# and that bring another torch.
+.venv-vllm/.test: .venv-vllm/.python pyproject.toml constraints/vllm.txt
+	@echo "Installing a vLLM server into $(@D): a minute and 2.1 GB the first time"
+	@$(@D)/bin/python -m pip install -q --no-deps -r constraints/vllm.txt
+	@$(@D)/bin/python -m pip install -q --no-deps -e .
+	@touch $@
+
 .venv-ndif/.python: PYTHON = $(PYTHON312)
 .venv-ndif/.python: OLDEST = 12
+.venv-vllm/.python: PYTHON = $(PYTHON311)
+.venv-vllm/.python: OLDEST = 11
+.venv-vllm/.python: NEWEST = 11
 
 %/.python:
 	@command -v "$(PYTHON)" >/dev/null || { \
-	  echo "nla-lens: there is no '$(PYTHON)' here. Install Python 3.$(OLDEST) to 3.13, or name one:" \
-	    "make PYTHON=python3.12" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, $(OLDEST)) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo "nla-lens: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1). Python 3.$(OLDEST) to 3.13 is needed;" \
-	    "name another one: make PYTHON=python3.12" >&2; exit 1; }
+	  echo "nla-lens: there is no '$(PYTHON)' here. Install Python 3.$(OLDEST) to 3.$(NEWEST), or name one:" \
+	    "make PYTHON=python3.$(NEWEST)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, $(OLDEST)) <= sys.version_info[:2] <= (3, $(NEWEST)))' || { \
+	  echo "nla-lens: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1). Python 3.$(OLDEST) to 3.$(NEWEST) is needed;" \
+	    "name another one: make PYTHON=python3.$(NEWEST)" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "nla-lens: '$(PYTHON)' has no venv or no ensurepip module, so no environment can be made." \
 	    "Debian and Ubuntu have them in the package python3-venv." >&2; exit 1; }
