@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.adapters.transformer_bridge_run import Run
+from nla_lens.block_reader import may_cut
 from nla_lens.engines.transformers import find_eos_ids
 from nla_lens.errors import NLAError
 from nla_lens.frameworks import Probe, check_fit
@@ -109,6 +110,11 @@ class TransformerLensSource:
         self.tokenizer = tokenizer if tokenizer is not None else model.tokenizer
         if self.tokenizer is None:
             raise NLAError(f"this {type(model).__name__} has no tokenizer; pass tokenizer=")
+
+    @property
+    def ignores_what_follows(self) -> bool:
+        """Whether texts may be cut and padded on the right."""
+        return may_cut(self.model, self.model.cfg.d_model)
 
     def check_place(self, place: ResidPost) -> None:
         """Raises an NLAError if there is no such block."""

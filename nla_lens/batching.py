@@ -7,12 +7,16 @@ from typing import Any, Final
 
 import psutil
 import torch
+from torch import Tensor
 
 from nla_lens.anatomy import input_device, text_model
 
 _MOST_ROWS: Final = {"cpu": 64, "cuda": 256, "mps": 64}
 _SHARE_OF_FREE_MEMORY: Final = 0.5
-_TOKENS_PER_BATCH: Final = 8192
+_MOST_ROWS_PADDED: Final = 256
+_PASSES: Final = {"cpu": (2048, 40), "cuda": (8192, 1024)}
+"""For each kind of device the most tokens of a pass, beyond which it gets no faster, and what a
+pass costs besides its tokens, in tokens. Measured with one thread at d 512; it matters little."""
 
 
 def choose_batch_size(model: Any, n_tokens: int) -> int:
@@ -38,18 +42,56 @@ def free_memory(device: torch.device) -> int:
 
 
 def length_batches(lengths: Sequence[int], device: torch.device) -> Iterator[list[int]]:
-    """Row indices in batches of like length, so that little padding is computed.
+    """Row indices in batches for an engine that does not pad on a CPU: of equal length there.
 
-    On a CPU only rows of equal length share a batch: there padding costs more than batching saves.
+    `padded_batches` is for those that pad without a mask, which is faster.
     """
+    yield from padded_batches(lengths, device, equal=device.type == "cpu")
+
+
+def padded_batches(
+    lengths: Sequence[int],
+    device: torch.device,
+    most_rows: int | None = None,
+    *,
+    equal: bool = False,
+) -> Iterator[list[int]]:
+    """Row indices in batches of like length, so that padding and passes cost the least.
+
+    A pass over B rows of at most T tokens takes as long as B * T tokens and some more, for reading
+    all weights; of all ways to cut the rows, sorted by length, into passes the cheapest is taken.
+    One pass for each row is among them.
+
+    Args:
+        lengths: Tokens of each row.
+        device: Where they run.
+        most_rows: Most rows in a batch.
+        equal: Rows of equal length only, so that nothing is padded.
+    """
+    most_tokens, per_pass = _PASSES.get(device.type, _PASSES["cuda"])
+    most_rows = min(most_rows or _MOST_ROWS_PADDED, _MOST_ROWS_PADDED)
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    batch: list[int] = []
-    for row in order:
-        grown = lengths[row] * (len(batch) + 1) > _TOKENS_PER_BATCH
-        uneven = device.type == "cpu" and batch and lengths[row] != lengths[batch[0]]
-        if batch and (grown or uneven):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+    cost, first = [0.0], [0]
+    for end, row in enumerate(order, start=1):
+        longest, cheapest = lengths[row], (float("inf"), end - 1)
+        for start in range(end - 1, max(-1, end - 1 - most_rows), -1):
+            n_tokens = (end - start) * longest
+            grown = n_tokens > most_tokens and end - start > 1
+            if grown or (equal and lengths[order[start]] != longest):
+                break
+            cheapest = min(cheapest, (cost[start] + per_pass + n_tokens, start))
+        cost.append(cheapest[0])
+        first.append(cheapest[1])
+    end, batches = len(order), []
+    while end:
+        batches.append(order[first[end] : end])
+        end = first[end]
+    yield from reversed(batches)
+
+
+def right_padded(prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids `[B, T]`, zeros behind each row's end."""
+    ids_BT = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+    for ids_T, prompt in zip(ids_BT, prompts, strict=True):
+        ids_T[: len(prompt)] = torch.tensor(list(prompt))
+    return ids_BT

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from nla_lens.batching import length_batches
+from nla_lens.batching import padded_batches, right_padded
 from nla_lens.checks import is_int, is_unicode
 from nla_lens.errors import NLAError
 from nla_lens.frameworks import find_adapter
@@ -33,6 +33,12 @@ Positions: TypeAlias = "Sequence[int] | int | slice | None"
 class Source(Protocol):
     """A model whose residual stream can be read; each framework's adapter provides one.
 
+    One that can do better than `resid` has a `resid_at(prompts, positions, place, batch_size)`,
+    too: the residual stream at some tokens of prompts of any length, `[n_i, d]` each. One whose
+    values do not depend on what stands after a token may say so by `ignores_what_follows = True`:
+    `resid` is then given rows that are cut behind the last position asked for, and padded on the
+    right.
+
     Attributes:
         tokenizer: The model's own.
     """
@@ -49,7 +55,7 @@ class Source(Protocol):
         ...
 
     def resid(self, ids_BT: Tensor, place: ResidPost) -> Tensor:
-        """The residual stream at `place`, `[B, T, d]`, running no later block; no row is padded."""
+        """The residual stream at `place`, `[B, T, d]`; no later block runs, nothing is masked."""
         ...
 
     def go_on(self, ids: Sequence[int], n: int) -> list[int]:
@@ -134,14 +140,17 @@ def _read(
     batch_size: int | None = None,
 ) -> list[Tensor]:
     """The residual stream at some tokens of each prompt, `[n_i, d]`."""
-    # A server picks positions itself, so that the others need not travel.
+    # A source that picks positions itself need not run, or send, the others.
     resid_at = getattr(source, "resid_at", None)
     if resid_at is not None:
-        remote: list[Tensor] = resid_at(prompts, picked, place, batch_size)
-        return remote
-    found: dict[int, Tensor] = {}
-    for rows in _batches([len(ids) for ids in prompts], batch_size):
-        resid_BTD = source.resid(torch.tensor([prompts[row] for row in rows]), place)
+        read: list[Tensor] = resid_at(prompts, picked, place, batch_size)
+        return read
+    may_cut = getattr(source, "ignores_what_follows", False)
+    if may_cut:
+        prompts = [ids[: max(at, default=0) + 1] for ids, at in zip(prompts, picked, strict=True)]
+    lengths, found = [len(ids) for ids in prompts], dict[int, Tensor]()
+    for rows in padded_batches(lengths, torch.device("cpu"), batch_size, equal=not may_cut):
+        resid_BTD = source.resid(right_padded([prompts[row] for row in rows]), place)
         for i, row in enumerate(rows):
             # A copy, so that a kept position does not keep the whole batch in memory.
             found[row] = resid_BTD[i][picked[row]].clone()
@@ -178,14 +187,6 @@ def _positions(positions: Positions, length: int) -> list[int]:
         if not is_int(position) or not -length <= position < length:
             raise NLAError(f"position {position!r} is not in a text of {length} tokens")
     return [int(position) % length for position in listed]
-
-
-def _batches(lengths: Sequence[int], batch_size: int | None) -> list[list[int]]:
-    """Rows of equal length together: nothing is padded, so every row is computed as if alone."""
-    batches = list(length_batches(lengths, torch.device("cpu")))
-    if batch_size is None:
-        return batches
-    return [rows[i : i + batch_size] for rows in batches for i in range(0, len(rows), batch_size)]
 
 
 def _wrap(

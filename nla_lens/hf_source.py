@@ -10,22 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.anatomy import input_device, text_model
+from nla_lens.block_reader import BlockReader, may_cut
 from nla_lens.engines.transformers import find_eos_ids
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_backbone, load_causal_lm, load_tokenizer
 from nla_lens.hook_point import ResidPost
 
 
-class _ReachedPlace(Exception):
-    """Carries the residual stream out of a forward pass that need not go on."""
-
-    def __init__(self, resid_BTD: Tensor) -> None:
-        super().__init__("the asked-for block has run")
-        self.resid_BTD = resid_BTD
-
-
 class HFSource:
-    """Reads the output of a block through a forward hook that ends the pass there."""
+    """Reads the output of a block; see `nla_lens.block_reader` for what does not run."""
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         """Args:
@@ -57,21 +50,23 @@ class HFSource:
                 f"{len(self._blocks)} blocks (0 to {len(self._blocks) - 1})"
             )
 
-    @torch.inference_mode()
     def resid(self, ids_BT: Tensor, place: ResidPost) -> Tensor:
         """`[B, T, d]`, output of block `place.layer`; later blocks do not run."""
+        return BlockReader(self.model, place.layer).run(ids_BT)
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            raise _ReachedPlace(output[0] if isinstance(output, tuple) else output)
-
-        handle = self._blocks[place.layer].register_forward_hook(hook)
-        try:
-            text_model(self.model)(input_ids=ids_BT.to(input_device(self.model)), use_cache=False)
-        except _ReachedPlace as reached:
-            return reached.resid_BTD
-        finally:
-            handle.remove()
-        raise NLAError(f"block {place.layer} did not run in a forward pass of {type(self.model)}")
+    def resid_at(
+        self,
+        prompts: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        place: ResidPost,
+        batch_size: int | None = None,
+    ) -> list[Tensor]:
+        """The residual stream at some tokens of prompts, `[n_i, d]` each."""
+        # A new reader each time: what one keeps of a prefix would outlive a change of weights.
+        reader = BlockReader(self.model, place.layer)
+        cutting = may_cut(self.model, text_model(self.model).config.hidden_size)
+        read = reader.read if cutting else reader.read_as_it_is
+        return read(prompts, positions, batch_size)
 
     @torch.inference_mode()
     def go_on(self, ids: Sequence[int], n: int) -> list[int]:

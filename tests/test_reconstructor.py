@@ -126,10 +126,10 @@ def test_ar_is_w_times_hidden_states_k_plus_1(load_pair, pair_dirs, tmp_path, fa
 def test_a_batch_is_padded_on_the_right(
     load_pair, expected_ar, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """All lengths in one batch, as a GPU does it."""
+    """All lengths in one batch."""
     monkeypatch.setattr(
-        "nla_lens.engines.transformers.length_batches",
-        lambda lengths, device: [list(range(len(lengths)))[::-1]],
+        "nla_lens.block_reader.padded_batches",
+        lambda lengths, *_: [list(range(len(lengths)))[::-1]],
     )
     got = load_pair(family, "replace").reconstruct(TEXTS)
     assert relative(got, expected_ar(family).vectors(TEXTS)) < 2e-5
@@ -140,8 +140,8 @@ def test_the_tokenizers_padding_side_does_not_matter(
     tmp_path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     monkeypatch.setattr(
-        "nla_lens.engines.transformers.length_batches",
-        lambda lengths, device: [list(range(len(lengths)))],
+        "nla_lens.block_reader.padded_batches",
+        lambda lengths, *_: [list(range(len(lengths)))],
     )
     ar = build_ar(tmp_path / "ar", family, tokenizer={"padding_side": "left"})
     nla = NLA.from_pretrained(av=build_av(tmp_path / "av", family), ar=ar)

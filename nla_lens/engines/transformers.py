@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.anatomy import input_device, text_model
-from nla_lens.batching import length_batches
+from nla_lens.block_reader import BlockReader
 from nla_lens.checkpoint import Checkpoint
 from nla_lens.checks import is_int
 from nla_lens.engines import Placement, shared_prefix
@@ -133,29 +133,18 @@ class TransformersReconstructor:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._reader = BlockReader(model, len(text_model(model).layers) - 1)
 
-    @torch.inference_mode()
     def last_resid(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """`[n, d]` float32; batches are right-padded whatever side the tokenizer prefers."""
-        stack = text_model(self.model)
-        out_ND: Tensor | None = None
-        device = input_device(self.model)
-        for rows in length_batches([len(p) for p in prompts], device):
-            lengths = torch.tensor([len(prompts[r]) for r in rows])
-            ids_BT = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-            for i, row in enumerate(rows):
-                ids_BT[i, : len(prompts[row])] = torch.tensor(list(prompts[row]))
-            mask_BT = (torch.arange(ids_BT.shape[1]) < lengths[:, None]).long()
-            resid_BTD = stack(
-                input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False
-            ).last_hidden_state
-            last_BD = resid_BTD[torch.arange(len(rows)), lengths - 1].float().cpu()
-            if out_ND is None:
-                out_ND = last_BD.new_empty(len(prompts), last_BD.shape[-1])
-            out_ND[rows] = last_BD
-        if out_ND is None:
+        """`[n, d]` float32; see `nla_lens.block_reader` for how few passes that takes."""
+        if not prompts:
             return torch.empty(0, text_model(self.model).config.hidden_size)
-        return out_ND
+        last = [[len(prompt) - 1] for prompt in prompts]
+        return torch.cat(self._reader.read(prompts, last)).float().cpu()
+
+    def forget_prefix(self) -> None:
+        """Frees the kept prefix; needed only after the model's weights were changed."""
+        self._reader.forget_prefix()
 
 
 def injection_module(model: Any, spec: NLASpec) -> nn.Module:
