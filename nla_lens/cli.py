@@ -50,8 +50,9 @@ _LOADING = [
         "--engine",
         default="transformers",
         show_default=True,
-        help="Where the halves run: transformers, transformer_lens, nnsight, ndif.",
+        help="Where the halves run: transformers, transformer_lens, nnsight, ndif, vllm, sglang.",
     ),
+    click.option("--url", help="The vLLM or SGLang server: http://HOST:PORT."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code from the checkpoint."),
 ]
 

@@ -1,4 +1,7 @@
-"""Would it run on NDIF? `nla-lens doctor --engine ndif CHECKPOINT` asks, and sends no job."""
+"""Would it run on NDIF? `nla-lens doctor --engine ndif CHECKPOINT` asks, and sends no job.
+
+For vLLM and SGLang servers see `server_doctor`.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,9 @@ _Model: TypeAlias = tuple[str, str | None]
     "--engine",
     default="ndif",
     show_default=True,
-    help="ndif (the server nnsight is configured for), or ndif:http://HOST:PORT.",
+    help="ndif (the server nnsight is configured for), ndif:http://HOST:PORT, vllm or sglang.",
 )
+@click.option("--url", help="The vLLM or SGLang server: http://HOST:PORT.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--injection", type=click.Choice(["replace", "norm_matched_add"]), help="The rule.")
 @click.pass_context
@@ -37,14 +41,17 @@ def doctor(
     checkpoint: str,
     ar: str | None,
     engine: str,
+    url: str | None,
     revision: str | None,
     injection: str | None,
 ) -> None:
-    """Say whether CHECKPOINT could run on an NDIF server; sends no job.
+    """Say whether CHECKPOINT could run on a server; sends no job.
 
     Exit status 1 if anything stands in the way.
     """
-    findings = examine(checkpoint, ar=ar, engine=engine, revision=revision, injection=injection)
+    findings = examine(
+        checkpoint, ar=ar, engine=engine, url=url, revision=revision, injection=injection
+    )
     if not print_findings(findings):
         context.exit(1)
 
@@ -54,6 +61,7 @@ def examine(
     *,
     ar: str | None = None,
     engine: str = "ndif",
+    url: Any = None,
     revision: str | None = None,
     injection: str | None = None,
 ) -> Iterator[Finding]:
@@ -62,7 +70,8 @@ def examine(
     Args:
         checkpoint: As in `NLA.from_pretrained`.
         ar: Reconstructor, where that is a verbalizer alone.
-        engine: "ndif" or "ndif:http://HOST:PORT".
+        engine: "ndif" or "ndif:http://HOST:PORT"; "vllm" or "sglang".
+        url: Where a vLLM or SGLang server is.
         revision: Branch, tag or commit on the hub.
         injection: The rule, where neither sidecar nor known release says it.
 
@@ -72,11 +81,19 @@ def examine(
     Raises:
         NLAError: No such checkpoint or engine.
     """
-    from nla_lens.engines import is_remote
+    from nla_lens.engines import is_remote, is_served
+
+    if is_served(engine):
+        from nla_lens.server_doctor import examine_server
+
+        wishes = {"revision": revision, "injection": injection}
+        return examine_server(checkpoint, engine=engine, url=url, **wishes)
+    if url is not None:
+        raise NLAError(f"url= has no meaning with engine={engine!r}, only with vllm and sglang")
     from nla_lens.engines.nnsight import import_nnsight
 
     if not is_remote(engine) or engine.endswith(":local"):
-        raise NLAError(f"engine={engine!r} needs no server; the doctor looks at ndif")
+        raise NLAError(f"engine={engine!r} needs no server; the doctor looks at ndif, vllm, sglang")
     import_nnsight()
     from nla_lens.engines.ndif import Server
 

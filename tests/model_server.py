@@ -160,7 +160,7 @@ class ModelServer:
     def _sglang(self, body: Any) -> Answered:
         params = body["sampling_params"]
         if "input_embeds" not in body:
-            prompts, listed = [self._table(body["input_ids"])], False
+            prompts = [self._table(ids) for ids in body["input_ids"]]
         elif not self.flag:
             words = (
                 "input_embeds is provided while disable_radix_cache is False. Please add "
@@ -169,7 +169,7 @@ class ModelServer:
             )
             return 400, {"error": {"message": words}}
         else:
-            prompts, listed = [torch.tensor(one) for one in body["input_embeds"]], True
+            prompts = [torch.tensor(one) for one in body["input_embeds"]]
         each = params if isinstance(params, list) else [params] * len(prompts)
         answers = []
         for embeds_TD, wishes in zip(prompts, each, strict=True):
@@ -182,7 +182,7 @@ class ModelServer:
             answers.append(
                 {"text": self.tokenizer.decode(ids), "output_ids": ids, "meta_info": meta}
             )
-        return 200, answers if listed else answers[0]
+        return 200, answers
 
     @torch.inference_mode()
     def _table(self, ids: Sequence[int]) -> Tensor:

@@ -104,6 +104,14 @@ class ServedVerbalizer(ABC):
     def tell(self, status: int, words: str) -> NLARemoteError | None:
         """What a refusal means, where this kind of server is known to mean something by it."""
 
+    @abstractmethod
+    def comparable(self, embeds_1TD: Tensor, job: Job) -> list[Mapping[str, Any]]:
+        """Two requests for log-probabilities: of the prompt as ids, and as embeddings."""
+
+    @abstractmethod
+    def log_probs(self, answer: Any) -> list[tuple[Any, Any]]:
+        """Token ids and log-probabilities in the answer to one of these."""
+
     def most_rows(self, job: Job) -> int:
         """Most vectors in one request."""
         return self.server.rows_per_request

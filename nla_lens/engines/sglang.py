@@ -146,6 +146,17 @@ class SGLangVerbalizer(ServedVerbalizer):
         reason = meta.get("finish_reason") if isinstance(meta, Mapping) else None
         return Generated(one.get("output_ids"), str(reason))
 
+    def comparable(self, embeds_1TD: Tensor, job: Job) -> list[Mapping[str, Any]]:
+        """See `ServedVerbalizer`."""
+        embeds = {**json.loads(self.body(embeds_1TD, job, [0])), "return_logprob": True}
+        ids = {key: value for key, value in embeds.items() if key != "input_embeds"}
+        return [{**ids, "input_ids": [list(job.prompt_ids)]}, embeds]
+
+    def log_probs(self, answer: Any) -> list[tuple[Any, Any]]:
+        """See `ServedVerbalizer`."""
+        found = answer[0]["meta_info"]["output_token_logprobs"]
+        return [(token, logprob) for logprob, token, *_ in found]
+
     def tell(self, status: int, words: str) -> NLARemoteError | None:
         """What SGLang 0.5.23 says where a flag is missing."""
         if "radix" in words:

@@ -100,6 +100,17 @@ class VLLMVerbalizer(ServedVerbalizer):
             for i in range(n)
         ]
 
+    def comparable(self, embeds_1TD: Tensor, job: Job) -> list[Mapping[str, Any]]:
+        """See `ServedVerbalizer`."""
+        embeds = {**self.body(embeds_1TD, job, [0]), "logprobs": 1}
+        ids = {key: value for key, value in embeds.items() if key != "prompt_embeds"}
+        return [{**ids, "prompt": list(job.prompt_ids), "add_special_tokens": False}, embeds]
+
+    def log_probs(self, answer: Any) -> list[tuple[Any, Any]]:
+        """See `ServedVerbalizer`."""
+        choice = answer["choices"][0]
+        return list(zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True))
+
     def tell(self, status: int, words: str) -> NLARemoteError | None:
         """What vLLM 0.32.0 says where a flag is missing or the model is another one."""
         if "enable-prompt-embeds" in words:

@@ -1,4 +1,4 @@
-"""Real vLLM servers for the tests here, which `make test-vllm` runs; else they are not collected."""
+"""Real vLLM servers for `make test-vllm`, which alone collects the tests here."""
 
 import os
 from collections.abc import Iterator
