@@ -1,5 +1,6 @@
 """Engine "ndif" through nnsight's simulation of a server, and what a client needs to have."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -166,7 +167,7 @@ def test_remote_extraction_needs_a_name(load_pair: Callable[..., NLA], source_di
 
 @pytest.fixture(scope="module")
 def large_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The shape of Llama-3.3-70B's pair; a value head, and no weights."""
+    """The shape of Llama-3.3-70B's pair, and a vocabulary of its size; no weights."""
     directory = tmp_path_factory.mktemp("large")
     large = {
         "hidden_size": 8192,
@@ -188,24 +189,56 @@ def large_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         if "ar" in meta:
             meta["ar"] |= {"num_hidden_layers": 53, "extraction_layer_index": 53}
         (half / "nla_meta.yaml").write_text(yaml.safe_dump(meta), encoding="utf-8")
+        enlarge(half / "tokenizer.json", 128_256)
     safetensors = pytest.importorskip("safetensors.torch")
     head = torch.full((8192, 8192), 0.01, dtype=torch.bfloat16)
     safetensors.save_file({"weight": head}, str(directory / "llama-ar" / "value_head.safetensors"))
     yield directory / "llama"
 
 
-def test_a_client_of_the_70b_is_small(large_pair: Path) -> None:
+def enlarge(tokenizer: Path, n_tokens: int) -> None:
+    """Adds tokens and merges that make them, of characters that byte-level BPE never sees."""
+    read = json.loads(tokenizer.read_text(encoding="utf-8"))
+    vocab, merges = read["model"]["vocab"], read["model"]["merges"]
+    first = max([*vocab.values(), *(added["id"] for added in read["added_tokens"])]) + 1
+    letters = [chr(0xE000 + n) for n in range(512)]
+    pairs = itertools.islice(itertools.product(letters, letters), n_tokens - first - len(letters))
+    for n, token in enumerate([*letters, *map("".join, pairs)], start=first):
+        vocab[token] = n
+        if len(token) == 2:
+            merges.append([*token])
+    tokenizer.write_text(json.dumps(read), encoding="utf-8")
+
+
+def test_a_client_of_the_70b_is_small(large_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All three models, and a request written out: there is no server to take it."""
     code = f"""
 import resource
-from nla_lens import NLA
-nla = NLA.from_pretrained({str(large_pair)!r}, engine="ndif")
-devices = {{p.device.type for p in nla.verbalizer.engine.model._module.parameters()}}
-print(*devices, nla.reconstructor.engine.model.device.type, nla.spec.layer)
+import torch
+from nla_lens import NLA, NLARemoteError
+from nla_lens.engines.ndif_source import open_remote_source
+nla = NLA.from_pretrained({str(large_pair)!r}, engine="ndif:http://127.0.0.1:9")
+source = open_remote_source({str(large_pair) + "-av"!r}, "http://127.0.0.1:9")
+server = nla.verbalizer.engine.server
+server.patience.connect = 0.1
+try:
+    nla.explain(torch.randn(16, 8192))
+except NLARemoteError as error:
+    assert error.cause == "unreachable", error
+halves = nla.verbalizer.engine, nla.reconstructor.engine, source.remote
+print(*{{p.device.type for half in halves for p in half.model._module.parameters()}})
+print(nla.spec.layer, len(nla.verbalizer.tokenizer), server.traffic.sent)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    where, kibibytes = done.stdout.splitlines()
-    assert where == "meta meta 53"
-    assert int(kibibytes) < 1.5 * 1000**3 / 1024
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    devices, numbers, kibibytes = done.stdout.splitlines()
+    layer, n_tokens, sent = map(int, numbers.split())
+    assert (devices, layer, n_tokens) == ("meta", 53, 128256)
+    n_bytes = int(kibibytes) * 1024
+    with capsys.disabled():
+        print(
+            f"\nThe 70B's client: {n_bytes / 1e9:.2f} GB of memory at most; "
+            f"{sent / 16:,.0f} bytes sent for each of 16 vectors"
+        )
+    assert n_bytes < 1.5e9

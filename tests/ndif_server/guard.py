@@ -31,6 +31,13 @@ def processes(home: Path, name: str, value: str) -> list[psutil.Process]:
 
 def end(home: Path, name: str, value: str) -> bool:
     """Ends all of them, politely first; answers whether it succeeded."""
+    # Sockets of the processes in which ndif runs the blocks of those it does not trust.
+    sockets = {
+        Path(part)
+        for process in processes(home, name, value)
+        for part in _cmdline(process)
+        if part.startswith("/tmp/sbx-")
+    }
     for sent in (signal.SIGTERM, signal.SIGKILL):
         # More than once: what is ended may have started something.
         until = time.monotonic() + PATIENCE
@@ -41,7 +48,16 @@ def end(home: Path, name: str, value: str) -> bool:
                     process.send_signal(signal.SIGCONT)
             psutil.wait_procs(left, timeout=1)
     shutil.rmtree(home, ignore_errors=True)
+    for each in sockets:
+        each.unlink(missing_ok=True)
     return not left
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 if __name__ == "__main__":

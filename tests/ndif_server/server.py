@@ -130,7 +130,7 @@ class Server:
 
     def _environment(self) -> dict[str, str]:
         resources = {
-            "CPU": 8,
+            "CPU": 6,
             "GPU": 1,
             "cuda_memory_bytes": 4_000_000_000,
             "cpu_memory_bytes": 4_000_000_000,
@@ -147,6 +147,8 @@ class Server:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_OVERRIDE_RESOURCES": json.dumps(resources),
             "RAY_DISABLE_IMPORT_WARNING": "1",
+            # Ray's workers are nice, and would wait for whatever else the machine is doing.
+            "RAY_worker_niceness": "0",
             "NDIF_HOME": str(self.home),
             "NDIF_REDIS_URL": self._url("redis", "redis"),
             "NDIF_OBJECT_STORE_URL": self._url("http", "store"),

@@ -8,6 +8,7 @@ import sys
 
 import ray
 import torch
+from ndif.services.ray.sandbox.host import spawn
 from ndif.services.ray.sandbox.model import SandboxModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
 
@@ -18,7 +19,7 @@ torch.set_num_threads(1)
 
 
 class CpuDeployment(SandboxModelDeployment):
-    """The stock deployment but for the two methods that call torch.cuda."""
+    """The stock deployment but for the two methods that call torch.cuda, and fewer processes."""
 
     CACHEABLE = False
 
@@ -29,6 +30,11 @@ class CpuDeployment(SandboxModelDeployment):
         )
         model._module.requires_grad_(False)
         return model
+
+    def open_pool(self, pool_size=None, peers=1):
+        # Stock actors keep seven processes each warm, more than a test machine has room for.
+        super().open_pool(0, peers)
+        self.pool.acquire = lambda: spawn(model_key=self.model_key, timeout=120)
 
     def cleanup(self):
         self.discard_sandbox()
