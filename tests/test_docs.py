@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,25 @@ def test_the_commands_work(command: str) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout
+
+
+def test_the_snippet_for_a_server_runs() -> None:
+    import torch
+
+    import nla_lens
+
+    from .model_server import ModelServer
+
+    local = nla_lens.NLA.from_pretrained("tiny")
+    verbalizer: Any = local.verbalizer
+    vectors = torch.randn(2, local.spec.d_model)
+    with ModelServer("vllm", verbalizer.engine.model, verbalizer.tokenizer, "av") as server:
+        (snippet,) = blocks("python server")
+        names: dict[str, Any] = {"nla_lens": nla_lens, "vectors": vectors}
+        exec(snippet.replace("http://localhost:8000", server.url), names)
+    found = names["explanations"]
+    assert [e.text for e in found] == [e.text for e in local.explain(vectors)]
+    assert all(e.cos is not None for e in found)
 
 
 def test_make_runs_what_the_readme_promises() -> None:
