@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import build_ar, build_av
+from tests.checkpoints import build_ar, build_av, build_lora_av
 
 from .server import Server
 
@@ -31,15 +31,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     ar = build_ar(directory / "qwen2-ar", "qwen2", d_model=D_MODEL)
     narrow = build_av(directory / "narrow-av", "qwen2", d_model=64)
-    return made | {"ar": ar, "narrow": narrow}
+    lora = build_lora_av(directory / "lora-av", "gemma3_text", made["gemma3_text"])
+    return made | {"ar": ar, "narrow": narrow, "lora": lora}
 
 
 @pytest.fixture(scope="session")
 def servers(models: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[dict[str, Server]]:
-    """By family; that of llama was started without the flag. All start at the same time."""
+    """By family; that of llama lacks the flag, that of Gemma also has an adapter.
+
+    All start at the same time.
+    """
     started = {
         "qwen2": Server(models["qwen2"], EMBEDS, "--api-key", KEY),
-        "gemma3_text": Server(models["gemma3_text"], EMBEDS, "--served-model-name", "gemma"),
+        "gemma3_text": Server(
+            models["gemma3_text"],
+            *(EMBEDS, "--served-model-name", "gemma"),
+            *("--enable-lora", "--max-lora-rank", "8", "--lora-modules"),
+            f"adapter={models['lora']}",
+        ),
         "llama": Server(models["llama"]),
     }
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from nla_lens import NLA, NLAError
+from nla_lens.doctor import examine
 from nla_lens.engines.served import Server as Address
 from nla_lens.errors import NLARemoteError
+from tests.checkpoints import reference
 
 from .conftest import D_MODEL, KEY
 from .server import Server
@@ -69,6 +71,27 @@ def test_sixty_four_vectors_token_by_token(
     equal = sum(a == b for a, b in zip(found, wanted(family), strict=True))
     assert equal == N, f"{equal} of {N} equal"
     assert len({tuple(one) for one in found}) > N // 2
+
+
+def test_an_adapter_beside_its_base(load: Load, models: dict[str, Path]) -> None:
+    """Found by its directory; peft is not needed."""
+    own = reference.AV(models["lora"])
+    greedy = own.greedy(many(8), 16)
+    there = load("gemma3_text", av="lora", model=None)
+    engine: Any = there.verbalizer.engine
+    assert engine.served.name == "adapter"
+    found = ids(there.explain(many(8), max_new_tokens=16))
+    assert found == [row[: len(f)] for row, f in zip(greedy.ids.tolist(), found, strict=True)]
+    assert found != ids(load("gemma3_text").explain(many(8), max_new_tokens=16))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_the_doctor(family: str, models: dict[str, Path], servers: dict[str, Server]) -> None:
+    known = {"api_key": KEY} if family == "qwen2" else {"model": "gemma"}
+    url = Address(servers[family].url, **known)  # type: ignore[arg-type]
+    findings = list(examine(str(models[family]), engine="vllm", url=url))
+    assert len(findings) == 4
+    assert all(f.passed for f in findings), findings
 
 
 def test_explain_iter_is_in_order(load: Load, wanted: Any) -> None:
