@@ -25,7 +25,7 @@ from nla_lens.errors import NLAError
 from nla_lens.sampling import Sampler
 
 _WORTH_A_COPY: Final = 8
-"""Rows leave and join when one in this many is over: both copy the cache."""
+"""Rows join when one place in this many is free: that copies the cache."""
 _OVER: Final = -1
 
 
@@ -86,24 +86,20 @@ class _Flight:
     cache: Any = None
     mask_BL: Tensor | None = None
 
-    @property
-    def alive(self) -> list[int]:
-        """Places of the rows that go on."""
-        return [i for i, row in enumerate(self.rows) if row != _OVER]
-
     def drop(self) -> None:
-        """Drops rows that are over, once there are enough of them to be worth a copy."""
-        alive = self.alive
-        n_over = len(self.rows) - len(alive)
+        """Drops rows that are over; the last ones take their places, and no other row moves."""
+        alive = [i for i, row in enumerate(self.rows) if row != _OVER]
         if not alive:
             self.rows, self.generated, self.cache, self.mask_BL = [], [], None, None
-        elif self.mask_BL is not None and n_over * _WORTH_A_COPY >= len(self.rows):
-            mask_BL = self.mask_BL[alive]
+        elif self.mask_BL is not None and len(alive) < len(self.rows):
+            movers = iter(alive[::-1])
+            kept = [i if self.rows[i] != _OVER else next(movers) for i in range(len(alive))]
+            mask_BL = self.mask_BL[kept]
             unused = int(mask_BL.any(0).long().argmax())
             self.mask_BL = mask_BL[:, unused:]
-            select(self.cache, alive, skip=unused)
-            self.rows = [self.rows[i] for i in alive]
-            self.generated = [self.generated[i] for i in alive]
+            select(self.cache, kept, skip=unused)
+            self.rows = [self.rows[i] for i in kept]
+            self.generated = [self.generated[i] for i in kept]
 
     def join(self, other: _Flight) -> None:
         """Takes in rows that have just been prefilled."""
@@ -148,7 +144,7 @@ class Decoder:
         waiting, flight = deque(range(len(job.injected_ND))), _Flight()
         sampler = Sampler(job.temperature, job.seeds)
         while waiting or flight.rows:
-            free, started = batch_size - len(flight.alive), _Flight()
+            free, started = batch_size - len(flight.rows), _Flight()
             try:
                 if waiting and free * _WORTH_A_COPY >= batch_size:
                     started.rows = [waiting.popleft() for _ in range(min(free, len(waiting)))]
@@ -170,11 +166,7 @@ class Decoder:
         self, flight: _Flight, logits_BV: Tensor, job: Job, sampler: Sampler
     ) -> Iterator[tuple[int, list[int]]]:
         """Appends each row's next token; yields the rows that are over by it."""
-        alive = flight.alive
-        if len(alive) < len(flight.rows):
-            logits_BV = logits_BV[alive]
-        rows = [flight.rows[i] for i in alive]
-        for i, token in zip(alive, sampler.pick(logits_BV, rows), strict=True):
+        for i, token in enumerate(sampler.pick(logits_BV, flight.rows)):
             flight.generated[i].append(token)
             if self._is_over(flight.generated[i], job):
                 row, flight.rows[i] = flight.rows[i], _OVER

@@ -70,6 +70,16 @@ class RoomyLayer(DynamicLayer):
             self.keys.shared_prefix = self.shared  # type: ignore[attr-defined]
         return self.keys, self.values
 
+    def select(self, rows: Sequence[int], skip: int) -> None:
+        """See `select` of this module; needs a buffer, so columns must have been appended."""
+        length = self._n_own()
+        for buffer in self._buffers or ():
+            for place, row in enumerate(rows):
+                if row != place:
+                    buffer[place, :, skip:length] = buffer[row, :, skip:length]
+        self._buffers = tuple(b[: len(rows), :, skip:] for b in self._buffers or ())  # type: ignore[assignment]
+        self.keys, self.values = (b[..., : length - skip, :] for b in self._buffers or ())
+
     def put(self, keys: Tensor, values: Tensor) -> None:
         """Replaces all rows and columns."""
         self.keys, self.values, self._buffers = keys, values, None
@@ -119,11 +129,18 @@ def n_shared(cache: Cache) -> int:
     return _layer(cache, 0).n_shared
 
 
+@torch.inference_mode()
 def select(cache: Cache, rows: Sequence[int], skip: int = 0) -> None:
-    """Keeps these rows, and drops the first `skip` of their own columns."""
+    """Keeps these rows, and drops the first `skip` of their own columns.
+
+    Args:
+        cache: Is written to.
+        rows: For each place the row that comes there. Only rows that change their place are
+            copied, so let those that stay keep theirs.
+        skip: Columns that no row uses any more.
+    """
     for layer in cache.layers:
-        index = torch.tensor(rows, device=layer.keys.device)
-        layer.put(layer.keys[index, :, skip:], layer.values[index, :, skip:])
+        layer.select(rows, skip)
 
 
 def joined(first: Cache, second: Cache) -> Cache:
