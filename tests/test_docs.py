@@ -61,7 +61,7 @@ def test_the_snippet_for_a_server_runs() -> None:
     local = nla_lens.NLA.from_pretrained("tiny")
     verbalizer: Any = local.verbalizer
     vectors = torch.randn(2, local.spec.d_model)
-    with ModelServer("vllm", verbalizer.engine.model, verbalizer.tokenizer, "av") as server:
+    with ModelServer("vllm", verbalizer.engine.model, verbalizer.tokenizer, "tiny/av") as server:
         (snippet,) = blocks("python server")
         names: dict[str, Any] = {"nla_lens": nla_lens, "vectors": vectors}
         exec(snippet.replace("http://localhost:8000", server.url), names)

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nla_lens import NLA, NLAError
-from nla_lens.engines.served import KEY_VARIABLE, Server
+from nla_lens.checkpoint import Checkpoint
+from nla_lens.engines.served import KEY_VARIABLE, Served, Server, pick
 from nla_lens.errors import NLARemoteError
 
 from .checkpoints import build_av, vectors
@@ -395,6 +396,32 @@ def test_another_model(
     assert len(explains(load(server, model="someone/else"))()) == 6
     server.name = f"elsewhere/{Path(own).name}"
     assert len(explains(load(server))()) == 6
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "same"),
+    [
+        ("someone/x-av", "someone/x-av", True),
+        ("/data/X-av/", "someone/x-av", True),
+        ("x-av", "someone/x-av", True),
+        ("/cache/models--someone--x-av/snapshots/0a1b", "someone/x-av", True),
+        ("/cache/models--other--x-av/snapshots/0a1b", "someone/x-av", False),
+        ("someone/x-ar", "someone/x-av", False),
+        ("y-x-av", "someone/x-av", False),
+        ("/data/pair/av", "pair/av", True),
+        ("/data/other/av", "pair/av", False),
+        ("av", "pair/av", False),
+        ("", "someone/x-av", False),
+    ],
+)
+def test_names_that_stand_for_a_checkpoint(there: str, name: str, same: bool) -> None:
+    checkpoint = Checkpoint(name, Path(name))
+    models = [Served("another", "another", None), Served("served", there, None)]
+    server = Server("http://host")
+    if same:
+        assert pick(models, checkpoint, server).name == "served"
+    else:
+        refuses(lambda: pick(models, checkpoint, server), name, "'served'")
 
 
 def test_another_width(

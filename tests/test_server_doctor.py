@@ -116,7 +116,7 @@ def test_explain_on_the_command_line() -> None:
     with ModelServer("vllm", engine.model, tokenizer, "tiny-av") as server:
         options = ["--engine", "vllm", "--url", server.url, "--positions", "-1", "--json"]
         command = ["explain", "Nora lives in Naples.", *options]
-        server.name = "av"
+        server.name = "elsewhere/tiny/av"
         ran = CliRunner().invoke(cli, command)
         assert ran.exit_code == 0, ran.output
         assert len(server.bodies) == 2  # the probe, and the vector

@@ -15,8 +15,10 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent import futures
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 from nla_lens.checks import harmless
 from nla_lens.engines.served import Server
@@ -33,6 +35,7 @@ _CONNECT_SECONDS: Final = 10.0
 # one that is just being closed would be lost.
 _IDLE_SECONDS: Final = 2.0
 _JOIN_SECONDS: Final = 5.0
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 _TOO_BUSY: Final = (429, 502, 503)
 _SMALL_ANSWER: Final = 4 << 20
 _MOST_WORDS: Final = 400
@@ -72,7 +75,7 @@ class Channel:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(futures.TimeoutError):
             asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(_JOIN_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_JOIN_SECONDS)
@@ -250,6 +253,8 @@ def _client(server: Server) -> httpx.AsyncClient:
         headers=headers,
         # The whole exchange has one limit of its own.
         timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
+        # Proxies are not for loopback.
+        trust_env=urlsplit(server.url).hostname not in _LOOPBACK,
         limits=httpx.Limits(max_connections=server.connections, keepalive_expiry=_IDLE_SECONDS),
     )
 

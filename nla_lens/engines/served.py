@@ -189,5 +189,8 @@ def _is_same(name: str, checkpoint: Checkpoint) -> bool:
     if f"models--{checkpoint.name.replace('/', '--')}/" in name:
         return True
     is_local = Path(checkpoint.name).expanduser().is_dir()
-    own = checkpoint.path.resolve().name if is_local else checkpoint.name.rpartition("/")[2]
-    return bool(own) and name.rstrip("/").rpartition("/")[2].lower() == own.lower()
+    own = checkpoint.path.resolve().parts if is_local else checkpoint.name.split("/")
+    # A pair's folder has an av/ in it: that alone names nothing.
+    n = 2 if own[-1].lower() == "av" else 1
+    there = name.rstrip("/").split("/")[-n:]
+    return [part.lower() for part in there] == [part.lower() for part in own[-n:]]

@@ -179,7 +179,9 @@ class ServedVerbalizer(ABC):
     def _send(self, channel: Channel, embed_TD: Tensor, job: Job, rows: list[int]) -> Future[Any]:
         embed_NTD = embed_TD.expand(len(rows), -1, -1)
         embeds_NTD = replace(embed_NTD, job.injected_ND[rows], job.marker)
-        limit = _BYTES_AN_ANSWER + len(rows) * job.max_new_tokens * _BYTES_A_TOKEN
+        # The prompt's ids come back, too: placeholders.
+        n_tokens = job.max_new_tokens + len(job.prompt_ids)
+        limit = _BYTES_AN_ANSWER + len(rows) * n_tokens * _BYTES_A_TOKEN
         return channel.post(self.path, self.body(embeds_NTD, job, rows), limit)
 
     def _check(self, job: Job) -> None:
