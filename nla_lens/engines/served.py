@@ -46,7 +46,7 @@ class Server:
     timeout: float = 600.0
     patience: float = 10.0
     connections: int = 32
-    rows_per_request: int = 4
+    rows_per_request: int = 8
     reads_embeds: bool = False
 
     def __post_init__(self) -> None:
