@@ -184,9 +184,9 @@ def _classify(error: BaseException, words: str) -> tuple[str, str, str]:
     if isinstance(error, StoreError) or "HTTPStatusError" in names:
         return (
             "store",
-            "the run is over, but its result cannot be fetched",
-            "the server's object store is away, without which results that are large or polled "
-            "cannot be had; tell whoever runs it",
+            "the result cannot be fetched",
+            "without its object store a server has no place for results that are large or polled; "
+            "tell whoever runs it",
         )
     if "RemoteError" in names:
         for known in _KNOWN:

@@ -80,6 +80,12 @@ def test_polling(backend: NDIFBackend, host: str, script: Script) -> None:
     assert backend._again(backend.poll, 5.0) is None
     assert backend.status == Status.RUNNING
     assert backend.poll() == {"content": b"result"}
+    script += [(403, b'{"detail":"Invalid API key."}'), (500, b"")]
+    with pytest.raises(RemoteError, match="Invalid API key"):
+        backend.poll()
+    with pytest.raises(httpx.HTTPStatusError):
+        backend._again(backend.poll, 5.0)
+    assert not script
 
 
 def caused(cause: Exception) -> Exception:
@@ -130,6 +136,17 @@ def test_what_a_block_prints_is_no_state(backend: NDIFBackend) -> None:
     with pytest.raises(SilenceError) as caught:
         backend._awaited(Line(*[each.model_dump_json() for each in said]))
     assert (caught.value.state, caught.value.seconds) == ("running", 0.1)
+
+
+def test_states_are_logged_once_and_without_the_key(
+    backend: NDIFBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="nla_lens.remote")
+    backend.api_key = "sesame"
+    for _ in range(3):
+        backend.note(state(Status.QUEUED, description="of sesame"))
+    backend.note(state(Status.RUNNING))
+    assert [record.getMessage() for record in caplog.records] == ["1 QUEUED of <key>", "1 RUNNING "]
 
 
 def test_a_polite_goodbye_is_a_lost_connection(backend: NDIFBackend) -> None:

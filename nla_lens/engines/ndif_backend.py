@@ -97,6 +97,7 @@ class NDIFBackend(RemoteBackend):
         super().__init__(model_key, **options)
         self.display.enabled = False
         self.patience, self.traffic, self.poll_for_result = patience, traffic, poll_for_result
+        self._said: tuple[str, ...] = ()
 
     def _serialize(self, tracer: Any) -> bytes:
         blob: bytes = super()._serialize(tracer)
@@ -111,8 +112,11 @@ class NDIFBackend(RemoteBackend):
 
     def note(self, response: Any) -> bool:
         """See `RemoteBackend.note`; states are logged for `nla_lens.remote`, and shown."""
-        words = scrub(response.description, self.api_key)
-        _log.info("%s %s %s", response.id, response.status.value, words)
+        said = (response.id, response.status.value, scrub(response.description, self.api_key))
+        # Whoever polls hears the same again and again.
+        if said != self._said:
+            self._said = said
+            _log.info("%s %s %s", *said)
         # What a running block prints comes as a LOG, and says nothing of the job's state.
         if response.status != Status.LOG:
             self.status = response.status
@@ -213,6 +217,8 @@ class NDIFBackend(RemoteBackend):
         # No state is written down yet.
         if answer.status_code == httpx.codes.NOT_FOUND:
             return None
+        if answer.is_client_error:
+            raise RemoteError(f"Failed to ask for a result: {answer.text}")
         answer.raise_for_status()
         return self.handle(self.parse(answer.text))
 

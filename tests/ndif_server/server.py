@@ -32,7 +32,7 @@ from .guard import processes
 HERE = Path(__file__).parent
 ACTOR = "nla_ndif_cpu_actor.CpuModelActor"
 MARK = "NLA_LENS_TEST_SERVER"
-START_LIMIT, DEPLOY_LIMIT, STOP_LIMIT = 120.0, 180.0, 60.0
+START_LIMIT, DEPLOY_LIMIT, STOP_LIMIT = 180.0, 300.0, 60.0
 
 KEY = "5e1f6a0b-1111-4222-8333-94a5b6c7d8e9"
 GUEST = "0c4d7b21-2222-4333-9444-a5b6c7d8e9f0"

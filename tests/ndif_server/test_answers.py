@@ -17,12 +17,14 @@ from nnsight.schema.config import CONFIG
 import nla_lens
 from nla_lens import NLA
 from nla_lens.doctor import examine
+from nla_lens.hf import load_tokenizer
 from tests.checkpoints import EXPLANATIONS
+from tests.test_nnsight_engine import apart
 
 from .conftest import REPO, REVISION, ids, many, settings
 from .server import GUEST, KEY, OWNER, Server, model_key
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 K = 3
 TEXTS = ["The garlic sizzles in the pan.", "Rain", "Rain falls on the roof."]
 
@@ -30,15 +32,28 @@ TEXTS = ["The garlic sizzles in the pan.", "Rain", "Rain falls on the roof."]
 def test_extraction_is_equal(
     models: dict[str, Path], server: Server, say: Callable[[str], None]
 ) -> None:
+    model = nnsight.TransformersModel(
+        str(models["source"]),
+        task="text-generation",
+        tokenizer=load_tokenizer(models["source"]),
+        dispatch=True,
+    )
+    local = {"nnsight": model, "transformers": models["source"]}
     for positions in (None, [-1]):
         there = nla_lens.extract(models["source"], TEXTS, K, positions=positions, remote=True)
-        local = nla_lens.extract(models["source"], TEXTS, K, positions=positions)
-        differences = [
-            float((a.as_ordinary() - b.as_ordinary()).abs().max())
-            for a, b in zip(there, local, strict=True)
-        ]
-        say(f"extraction, positions {positions}: largest difference {max(differences)}")
-        assert differences == [0.0] * len(TEXTS)
+        differences = {
+            name: max(
+                float((a.as_ordinary() - b.as_ordinary()).abs().max())
+                for a, b in zip(
+                    there, nla_lens.extract(here, TEXTS, K, positions=positions), strict=True
+                )
+            )
+            for name, here in local.items()
+        }
+        say(f"extraction, positions {positions}: largest difference from local {differences}")
+        assert differences["nnsight"] == 0.0
+        # Reads all texts in fewer passes; on some processors that rounds sums otherwise.
+        assert differences["transformers"] <= 1e-6
 
 
 def test_sixteen_vectors_in_one_request(
@@ -62,9 +77,17 @@ def test_sixteen_vectors_in_one_request(
 def test_reconstructions_are_equal(
     load: Callable[..., NLA], here: Callable[[], NLA], say: Callable[[str], None]
 ) -> None:
-    difference = (load().reconstruct(EXPLANATIONS) - here().reconstruct(EXPLANATIONS)).abs().max()
-    say(f"AR: largest difference {float(difference)}")
-    assert float(difference) <= 1e-6
+    there = load().reconstruct(EXPLANATIONS)
+    same_traces = load("nnsight").reconstruct(EXPLANATIONS)
+    difference = float((there - same_traces).abs().max())
+    # Engine transformers shares passes that differ in shape, so that sums are rounded otherwise.
+    rounding = apart(there, here().reconstruct(EXPLANATIONS))
+    say(
+        f"AR: largest difference {difference} from engine nnsight here, "
+        f"{rounding:.1e} of vectors of norm 1 from engine transformers"
+    )
+    assert difference <= 1e-6
+    assert rounding <= 1e-6
 
 
 def test_explain_text_from_end_to_end(
@@ -76,7 +99,7 @@ def test_explain_text_from_end_to_end(
     seconds = time.monotonic() - start
     wanted = here().explain_text(TEXTS[0], positions=[-1], max_new_tokens=12)
     assert ids(found) == ids(wanted)
-    assert found[0].cos == wanted[0].cos
+    assert found[0].cos == pytest.approx(wanted[0].cos, abs=1e-6)
     reconstructor: Any = nla.reconstructor
     totals = [settings(nla).traffic, reconstructor.engine.server.traffic]
     totals.append(nla._source.remote.server.traffic)
@@ -130,11 +153,12 @@ def test_blocks_of_users_who_are_not_trusted(
     monkeypatch.setattr(CONFIG.API, "APIKEY", GUEST)
     nla, wishes = load(), {"max_new_tokens": 8, "score": False}
     assert ids(nla.explain(many(4), **wishes)) == ids(here().explain(many(4), **wishes))
-    assert float((nla.reconstruct(TEXTS) - here().reconstruct(TEXTS)).abs().max()) <= 1e-6
+    same_traces = load("nnsight").reconstruct(TEXTS)
+    assert float((nla.reconstruct(TEXTS) - same_traces).abs().max()) <= 1e-6
     there = nla_lens.extract(models["source"], TEXTS, K, remote=True)
     local = nla_lens.extract(models["source"], TEXTS, K)
     for a, b in zip(there, local, strict=True):
-        assert torch.equal(a.as_ordinary(), b.as_ordinary())
+        assert float((a.as_ordinary() - b.as_ordinary()).abs().max()) <= 1e-6
 
 
 def test_a_revision_is_a_model_of_its_own(

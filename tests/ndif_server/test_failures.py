@@ -26,7 +26,7 @@ from tests.checkpoints import build_av
 from .conftest import ids, many, settings
 from .server import KEY, MIN_NNSIGHT, Server, model_key
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 UNKNOWN = KEY.replace("5", "6")
 API = "gunicorn"
 
