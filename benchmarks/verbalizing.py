@@ -14,7 +14,7 @@ from nla_lens.engines import Job
 from nla_lens.engines.transformers import TransformersVerbalizer
 from nla_lens.injection import rescale
 
-COLUMNS = ("lengths", "s", "per s", "x one by one", "x naive batch", "/ floor", "/ roofline")
+Row = tuple[str, str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -92,30 +92,35 @@ def _ends_at(lengths: list[int]) -> Callable[[list[int]], bool]:
     return is_finished
 
 
-def rows(model: Any, shape: Shape, n_vectors: int, repeats: int) -> list[list[str]]:
-    """For equal and for realistic lengths: seconds, rates and ratios."""
+def verbalizing_rows(model: Any, shape: Shape, n_vectors: int, repeats: int) -> list[Row]:
+    """`Decoder` against `generate`, on answers of equal and of realistic lengths.
+
+    * `x one by one`: `generate` for one vector after another, as servers for this do it.
+    * `x naive batch`: one `generate` over all vectors, which runs until the longest is written.
+    * `/ floor`, `/ roofline`: see `floor`.
+    """
     subject, machine = Verbalizing(model, n_vectors), Machine(model, shape)
     settings = {
-        "equal, 64 tokens": [64] * n_vectors,
-        "20 to 150, mean 70": realistic_lengths(n_vectors),
+        "64 tokens each": [64] * n_vectors,
+        "20 to 150 tokens, mean 70": realistic_lengths(n_vectors),
     }
-    found = []
+    found: list[Row] = []
     for name, lengths in settings.items():
         subject.ours([2] * n_vectors)  # warm-up
         ours, single, naive = medians(
             repeats,
             lambda lengths=lengths: timed(lambda: subject.ours(lengths)),
             lambda lengths=lengths: subject.one_at_a_time(lengths),
-            lambda lengths=lengths: timed(
-                lambda: subject.generate(range(n_vectors), max(lengths))
-            ),
+            lambda lengths=lengths: timed(lambda: subject.generate(range(n_vectors), max(lengths))),
         )
-        others = (single / ours, naive / ours, *_over_floors(machine, lengths, ours))
-        found.append(
-            [name, f"{ours:.2f}", f"{n_vectors / ours:.1f}", *(f"{x:.2f}" for x in others)]
-        )
+        numbers = {
+            "s": ours,
+            "per s": n_vectors / ours,
+            "x one by one": single / ours,
+            "x naive batch": naive / ours,
+            "/ floor": ours / machine.floor(lengths),
+            "/ roofline": ours / machine.roofline(lengths),
+        }
+        setting = f"{n_vectors} vectors, {name}"
+        found.append(("AV", setting, {what: f"{x:.2f}" for what, x in numbers.items()}))
     return found
-
-
-def _over_floors(machine: Machine, lengths: list[int], seconds: float) -> tuple[float, float]:
-    return seconds / machine.floor(lengths), seconds / machine.roofline(lengths)
