@@ -32,7 +32,8 @@ class NLARemoteError(NLAError):
 
     Attributes:
         cause: What kind of failure it was: "unreachable", "lost", "silent", "key",
-            "not_deployed", "versions", "actor", "memory", "too_long", "store" or "failed".
+            "not_deployed", "versions", "actor", "memory", "too_long", "store" or "failed"; of a
+            vLLM or SGLang server also "settings", "busy", "too_large" and "not_found".
     """
 
     def __init__(self, message: str, *, cause: str = "failed") -> None:

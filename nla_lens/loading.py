@@ -17,6 +17,7 @@ from nla_lens.engines import (
     load_verbalizer_engine,
     per_half,
 )
+from nla_lens.engines.prompt_rows import open_small
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_tokenizer
 from nla_lens.reconstructor import Reconstructor, check_prompt, load_head
@@ -81,15 +82,11 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
 
 def _open(name: str | Path, request: Request, engine: str) -> Checkpoint:
     """A half's files; its weights only where it runs here."""
-    if not is_remote(engine):
-        foreign_code = request.placement.trust_remote_code
-        return open_checkpoint(
-            name,
-            revision=request.revision,
-            weights=not is_served(engine),
-            foreign_code=foreign_code,
-        )
-    return open_checkpoint(name, revision=request.revision, weights=False)
+    revision, foreign_code = request.revision, request.placement.trust_remote_code
+    if is_remote(engine):
+        return open_checkpoint(name, revision=revision, weights=False)
+    opened = open_small if is_served(engine) else open_checkpoint
+    return opened(name, revision=revision, foreign_code=foreign_code)
 
 
 def _fetch_head(ar: Checkpoint) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from nla_lens.checkpoint import name_halves, open_checkpoint
+from nla_lens.checkpoint import name_halves
 from nla_lens.checkup import Finding
 from nla_lens.engines import Job, Placement
 from nla_lens.engines.channel import Channel
+from nla_lens.engines.prompt_rows import open_small
 from nla_lens.engines.served import Server
 from nla_lens.engines.served_verbalizer import ServedVerbalizer
 from nla_lens.errors import NLAError
@@ -54,7 +55,7 @@ def _examine(
 ) -> Iterator[Finding]:
     from nla_lens.engines import load_verbalizer_engine
 
-    av = open_checkpoint(name_halves(name, None, None)[0], revision=revision, weights=False)
+    av = open_small(name_halves(name, None, None)[0], revision=revision)
     tokenizer = load_tokenizer(av.path)
     prompt = canonical_prompt(spec, tokenizer)
     try:

@@ -129,6 +129,15 @@ def open_rows(checkpoint: Checkpoint, config: Any, dtype: Any) -> PromptRows:
     return PromptRows(path, key or _key_in(path), factor, known)
 
 
+def open_small(
+    name: str | Path, *, revision: str | None = None, foreign_code: bool = False
+) -> Checkpoint:
+    """A checkpoint without weights; of an adapter with them: they are small, and say what it is."""
+    options: dict[str, Any] = {"revision": revision, "foreign_code": foreign_code}
+    opened = open_checkpoint(name, weights=False, **options)
+    return open_checkpoint(name, **options) if opened.is_adapter else opened
+
+
 def model_files(checkpoint: Checkpoint) -> Checkpoint:
     """The files of the model itself: of an adapter, its base's; without weights."""
     base = adapter_base(checkpoint.path)
