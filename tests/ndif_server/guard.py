@@ -36,7 +36,7 @@ def end(home: Path, name: str, value: str) -> bool:
         Path(part)
         for process in processes(home, name, value)
         for part in _cmdline(process)
-        if part.startswith("/tmp/sbx-")
+        if Path(part).match("sbx-*.sock")
     }
     for sent in (signal.SIGTERM, signal.SIGKILL):
         # More than once: what is ended may have started something.

@@ -100,8 +100,9 @@ class Server:
         self._stop()
 
     def _start(self) -> None:
-        # Short: ray's sockets lie in it, and their paths may have 107 characters.
-        self.home = Path(tempfile.mkdtemp(prefix="nd", dir="/tmp"))
+        # Short, which $TMPDIR need not be: ray's sockets lie in it, and their paths may have 107
+        # characters.
+        self.home = Path(tempfile.mkdtemp(prefix="nd", dir=Path(os.sep, "tmp")))
         self._ports = dict(zip(_PORTS, map(str, free_ports(len(_PORTS))), strict=True))
         self.url = self._url("http", "api")
         self._env = self._environment()
