@@ -89,8 +89,12 @@ class Run:
             len(ids_BT) == 1 and pad_id in (tokenizer.bos_token_id, tokenizer.eos_token_id)
         ):
             return None
+        is_pad_BT = ids_BT == pad_id
+        # Elsewhere looking would make the device wait.
+        if is_pad_BT.device.type == "cpu" and not is_pad_BT.any():
+            return None
         side, bos = self._said.get("padding_side"), self._said.get("prepend_bos")
-        pads_BT = (ids_BT == pad_id).long()
+        pads_BT = is_pad_BT.long()
         if (side if side in ("left", "right") else tokenizer.padding_side) == "right":
             return 1 - pads_BT.flip(-1).cumprod(-1).flip(-1)
         padding_BT = pads_BT.cumprod(-1)

@@ -67,7 +67,7 @@ def streaming_rows(n_vectors: int = 10_000, *, max_new_tokens: int = 8) -> list[
 
 
 @torch.inference_mode()
-def probe_rows(rounds: int = 150, *, shape: Shape = SHAPES["cpu"], n_tokens: int = 32) -> list[Row]:
+def probe_rows(rounds: int = 80, *, shape: Shape = SHAPES["cpu"], n_tokens: int = 64) -> list[Row]:
     """`run_with_cache` of TransformerLens with a probe that nobody asks, against without.
 
     In seconds of this process' own, so that others on the machine count for little; medians of the

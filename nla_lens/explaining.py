@@ -21,7 +21,11 @@ from nla_lens.vectors import VectorBatch
 from nla_lens.verbalizer import Answer, Verbalizer
 
 _SCORED_AT_ONCE: Final = 16
-"""Texts that wait for one another to be scored: enough to fill a batch, few enough to be soon."""
+"""Texts that wait for one another to be scored: enough to fill a batch, few enough to be soon.
+
+They are scored between the verbalizer's steps, not beside them in a thread: on one device the two
+would take turns all the same, and servers work on the requests that are under way meanwhile.
+"""
 
 
 @dataclass(frozen=True)
