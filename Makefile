@@ -54,7 +54,7 @@ test-sae-lens: .venv-sae-lens/.test  ## run the suite with sae-lens and transfor
 	HF_HUB_OFFLINE=1 .venv-sae-lens/bin/python -m pytest $(PYTEST_ARGS)
 
 # Redis is looked for first: the environment takes minutes.
-test-ndif: find-redis .venv-ndif/.test  ## test against a real NDIF server; needs Python 3.12 and redis-server
+test-ndif: find-redis .venv-ndif/.test  ## test against a real NDIF server; needs Python 3.12 or 3.13, and redis-server
 	NLA_LENS_TEST_NDIF=1 HF_HUB_OFFLINE=1 .venv-ndif/bin/python -m pytest tests/ndif_server $(PYTEST_ARGS)
 
 test-vllm: .venv-vllm/.test  ## test against a real vLLM server on the CPU; needs Python 3.11
