@@ -5,7 +5,10 @@ at once and waiting vectors take their place, so that the batch stays full.
 
 Our own loop instead of `generate`: a checkpoint's generation_config (repetition penalty, do_sample)
 leaks into `generate` even where it is told to be greedy, sampled rows there depend on what else is
-in the batch, it computes the prefix for every row, and Gemma 3's wrapper refuses embeddings.
+in the batch, it computes the prefix for every row, and Gemma 3's wrapper refuses embeddings. And
+instead of transformers' continuous batching (`generate_batch`): it lays all requests in one row of
+tokens, where a hook cannot tell which of them a vector belongs to, takes no embeddings, and ends
+answers by token ids alone.
 """
 
 from __future__ import annotations
