@@ -26,7 +26,7 @@ TOKENIZERS_PARALLELISM ?= false
 PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
-.PHONY: help demo test test-slow test-courses test-sae-lens test-ndif test-vllm find-redis clean
+.PHONY: help demo test test-slow test-courses test-sae-lens test-ndif test-vllm find-redis bench clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -63,6 +63,9 @@ test-vllm: .venv-vllm/.test  ## test against a real vLLM server on the CPU; need
 find-redis:
 	@command -v redis-server >/dev/null || { \
 	  echo "nla-lens: there is no redis-server here; Debian has it in a package of that name." >&2; exit 1; }
+
+bench: .venv/.test  ## measure speed and memory next to what a user would do otherwise: some 20 minutes
+	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/run.py
 
 clean:  ## remove the environments, caches and build leftovers
 	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif .venv-vllm build dist nla_lens.egg-info
