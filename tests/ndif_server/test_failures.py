@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from nnsight.schema.config import CONFIG
 
@@ -154,12 +155,16 @@ def test_a_killed_model(
 ) -> None:
     nla, wanted = load(), here().explain(many(64), max_new_tokens=60, score=False)
     traffic, killed_at = settings(nla).traffic, [0.0]
+    # Found beforehand: looking for them takes a second on a busy machine.
+    actors = server.processes("ModelActor")
+    assert len(actors) == 4
 
     def kill() -> None:
         while traffic.requests < 5:
             time.sleep(0.01)
         killed_at[0] = time.monotonic()
-        assert server.send(signal.SIGKILL) == 4
+        for actor in actors:
+            actor.kill()
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
@@ -252,6 +257,17 @@ def test_a_server_that_is_frozen_already(load: Callable[..., NLA], server: Serve
         assert time.monotonic() - start < 15
 
 
+def wait_for(url: str) -> None:
+    """Until it answers again."""
+    until = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url, timeout=10).is_success:
+                return
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
 @contextlib.contextmanager
 def once_running(act: Callable[[], None]) -> Iterator[None]:
     """Does something as soon as a job is heard to be running."""
@@ -286,14 +302,28 @@ def test_a_lost_connection(
 ) -> None:
     """The API's worker ends, politely or not, while the model runs; its master starts another."""
     nla, wishes = load(), {"max_new_tokens": 100, "score": False}
+    actors = server.processes("ModelActor")
 
-    def end_the_worker() -> None:
+    @contextlib.contextmanager
+    def ending_the_worker(*, before_the_result: bool) -> Iterator[None]:
+        # Found beforehand: looking for them takes a second on a busy machine.
         workers = [p for p in server.processes(API) if API in " ".join(p.parent().cmdline())]
         assert workers
-        for worker in workers:
-            worker.send_signal(sent)
 
-    with once_running(end_the_worker), pytest.raises(NLARemoteError) as caught:
+        def end() -> None:
+            for actor in actors if before_the_result else ():
+                actor.suspend()
+            for worker in workers:
+                worker.send_signal(sent)
+
+        try:
+            with once_running(end):
+                yield
+        finally:
+            for actor in actors:
+                actor.resume()
+
+    with ending_the_worker(before_the_result=True), pytest.raises(NLARemoteError) as caught:
         nla.explain(many(16), **wishes)
     assert caught.value.cause == "lost" and "blocking = False" in str(caught.value)
     say(str(caught.value))
@@ -301,7 +331,8 @@ def test_a_lost_connection(
     settings(nla).blocking = False
     settings(nla).patience.connect = 60.0
     requests = settings(nla).traffic.requests
-    with once_running(end_the_worker):
+    wait_for(f"{server.url}/connected")
+    with ending_the_worker(before_the_result=False):
         found = nla.explain(many(16), **wishes)
     assert settings(nla).traffic.requests == requests + 1
     assert ids(found) == ids(here().explain(many(16), **wishes))
