@@ -48,9 +48,7 @@ class Shape:
         attention = 2 * self.d_model * head * (self.n_heads + self.n_kv_heads)
         block = 2 * (attention + 3 * self.d_model * self.d_mlp)
         rest = 2 * self.d_model * self.d_vocab
-        return replace(
-            self, n_blocks=max(1, min(self.n_blocks, (free_bytes // 2 - rest) // block))
-        )
+        return replace(self, n_blocks=max(1, min(self.n_blocks, (free_bytes // 2 - rest) // block)))
 
 
 SHAPES = {

@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nla_lens import NLA  # noqa: E402
+from nla_lens import NLA, NLAError  # noqa: E402
 from nla_lens.engines.served import Server as Address  # noqa: E402
 from tests.checkpoints import build_av  # noqa: E402
 from tests.vllm_server.server import Server  # noqa: E402
@@ -87,7 +87,11 @@ def main() -> None:
         av = build_av(Path(folder) / "x-av", "qwen2", d_model=D_MODEL, n_blocks=N_BLOCKS)
         with Server(av, "--enable-prompt-embeds") as server:
             server.wait()
-            table = measure(av, server.url)
+            try:
+                table = measure(av, server.url)
+            except NLAError:
+                print(server.log_tail(), file=sys.stderr)
+                raise
     shape = f"Qwen2 shape, d {D_MODEL}, {N_BLOCKS} blocks, float32, one thread on each side"
     lines = [where, f"{shape}; {N_TOKENS} tokens an answer; medians of {REPEATS}", "", *table]
     print("\n" + "\n".join(lines))

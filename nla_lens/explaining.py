@@ -24,7 +24,8 @@ _SCORED_AT_ONCE: Final = 16
 """Texts that wait for one another to be scored: enough to fill a batch, few enough to be soon.
 
 They are scored between the verbalizer's steps, not beside them in a thread: on one device the two
-would take turns all the same, and servers work on the requests that are under way meanwhile.
+would take turns all the same, and a vLLM or SGLang server works on its open requests meanwhile.
+Only NDIF, asked for one batch at a time, waits for the few passes that scoring takes.
 """
 
 
