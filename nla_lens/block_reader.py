@@ -54,7 +54,7 @@ class BlockReader:
         """
         self._model, self._stack = model, text_model(model)
         self._block = self._stack.layers[layer]
-        self._is_wide = self._stack.config.hidden_size >= WIDE
+        self._width = int(self._stack.config.hidden_size)
         self._prefix: tuple[list[int], Any] | None = None
 
     @torch.inference_mode()
@@ -74,8 +74,8 @@ class BlockReader:
         Returns:
             `[n_i, d]` for each prompt, in the model's dtype, each a tensor of its own.
         """
-        if has_hooks(self._model):
-            return self.read_as_it_is(prompts, positions, batch_size)
+        if not may_cut(self._model, self._width):
+            return self._read_as_it_is(prompts, positions, batch_size)
         cut = [
             list(prompt[: max(at, default=0) + 1])
             for prompt, at in zip(prompts, positions, strict=True)
@@ -109,7 +109,7 @@ class BlockReader:
         device = input_device(self._model)
         handle = self._block.register_forward_hook(hook)
         try:
-            with products_by_onednn(device) if self._is_wide else contextlib.nullcontext():
+            with products_by_onednn(device) if self._width >= WIDE else contextlib.nullcontext():
                 self._stack(
                     input_ids=ids_BT.to(device), past_key_values=past, use_cache=past is not None
                 )
@@ -126,21 +126,20 @@ class BlockReader:
         counts = [len(at) for at in positions]
         rows_N = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))
         at_N = torch.tensor([p for at in positions for p in at], dtype=torch.long)
-        few = self._is_wide and 2 * len(at_N) <= ids_BT.numel()
+        few = self._width >= WIDE and 2 * len(at_N) <= ids_BT.numel()
         with only_tokens(self._block if few else None, ids_BT.shape, rows_N, at_N):
             resid_BTD = self.run(ids_BT, past)
         here = resid_BTD.device
         # Copies, so that a token that is kept does not keep the whole batch in memory.
         return [part.clone() for part in resid_BTD[rows_N.to(here), at_N.to(here)].split(counts)]
 
-    @torch.inference_mode()
-    def read_as_it_is(
+    def _read_as_it_is(
         self,
         prompts: Sequence[Sequence[int]],
         positions: Sequence[Sequence[int]],
-        batch_size: int | None = None,
+        batch_size: int | None,
     ) -> list[Tensor]:
-        """As `read`, of whole prompts and without padding: somebody's hooks may look at all."""
+        """As `read`, of whole prompts and without padding."""
         found: dict[int, Tensor] = {}
         lengths = [len(prompt) for prompt in prompts]
         for rows in padded_batches(lengths, torch.device("cpu"), batch_size, equal=True):
@@ -233,13 +232,13 @@ def _scattered(found_1ND: Tensor, shape: tuple[int, ...], at: tuple[Tensor, Tens
 
 
 def may_cut(model: nn.Module, width: int) -> bool:
-    """Whether a source model's texts may be cut behind what is asked for, and padded.
+    """Whether texts may be cut behind what is asked for, padded, and share a prefix.
 
     Not where somebody's hooks may look at what is left out, nor in a model so small that it would
     gain nothing: that gives what a plain pass gives, to the last bit.
 
     Args:
-        model: The source model.
+        model: The model that reads them.
         width: Its d_model.
     """
     return width >= WIDE and not has_hooks(model)

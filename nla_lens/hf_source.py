@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.anatomy import input_device, text_model
-from nla_lens.block_reader import BlockReader, may_cut
+from nla_lens.block_reader import BlockReader
 from nla_lens.engines.transformers import find_eos_ids
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_backbone, load_causal_lm, load_tokenizer
@@ -63,10 +63,7 @@ class HFSource:
     ) -> list[Tensor]:
         """The residual stream at some tokens of prompts, `[n_i, d]` each."""
         # A new reader each time: what one keeps of a prefix would outlive a change of weights.
-        reader = BlockReader(self.model, place.layer)
-        cutting = may_cut(self.model, text_model(self.model).config.hidden_size)
-        read = reader.read if cutting else reader.read_as_it_is
-        return read(prompts, positions, batch_size)
+        return BlockReader(self.model, place.layer).read(prompts, positions, batch_size)
 
     @torch.inference_mode()
     def go_on(self, ids: Sequence[int], n: int) -> list[int]:

@@ -127,6 +127,7 @@ def test_a_batch_is_padded_on_the_right(
     load_pair, expected_ar, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """All lengths in one batch."""
+    monkeypatch.setattr("nla_lens.block_reader.WIDE", 0)
     monkeypatch.setattr(
         "nla_lens.block_reader.padded_batches",
         lambda lengths, *_: [list(range(len(lengths)))[::-1]],
@@ -139,6 +140,7 @@ def test_a_batch_is_padded_on_the_right(
 def test_the_tokenizers_padding_side_does_not_matter(
     tmp_path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
+    monkeypatch.setattr("nla_lens.block_reader.WIDE", 0)
     monkeypatch.setattr(
         "nla_lens.block_reader.padded_batches",
         lambda lengths, *_: [list(range(len(lengths)))],
