@@ -20,7 +20,7 @@ import torch
 from subject import MARKER, PROMPT_TOKENS, Shape, timed
 from torch import Tensor
 
-from nla_lens.engines.onednn import products_by_onednn
+from nla_lens.engines.onednn import linear
 
 _MANY_ROWS = 2048
 
@@ -76,7 +76,7 @@ class Machine:
             w.shape[1]: torch.randn(rows, w.shape[1], device=w.device, dtype=w.dtype)
             for w in weights
         }
-        with torch.inference_mode(), products_by_onednn(self._device):
+        with torch.inference_mode():
             return median(timed(lambda: _multiply(weights, inputs)) for _ in range(3))
 
     def _products_at_peak(self, rows: int, *, head: bool) -> float:
@@ -91,4 +91,4 @@ class Machine:
 
 def _multiply(weights: Sequence[Tensor], inputs: dict[int, Tensor]) -> None:
     for weight in weights:
-        torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        linear(inputs[weight.shape[1]], weight)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nla_lens.anatomy import input_device, text_model
 from nla_lens.batching import padded_batches, right_padded
 from nla_lens.engines.kv_cache import empty_cache, repeated
-from nla_lens.engines.onednn import products_by_onednn
+from nla_lens.engines.onednn import ByOneDNN
 from nla_lens.errors import NLAError
 
 _BY_TOKEN: Final = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
@@ -55,6 +55,7 @@ class BlockReader:
         self._model, self._stack = model, text_model(model)
         self._block = self._stack.layers[layer]
         self._width = int(self._stack.config.hidden_size)
+        self._by_onednn = ByOneDNN(self._stack)
         self._prefix: tuple[list[int], Any] | None = None
 
     @torch.inference_mode()
@@ -109,7 +110,7 @@ class BlockReader:
         device = input_device(self._model)
         handle = self._block.register_forward_hook(hook)
         try:
-            with products_by_onednn(device) if self._width >= WIDE else contextlib.nullcontext():
+            with self._by_onednn if self._width >= WIDE else contextlib.nullcontext():
                 self._stack(
                     input_ids=ids_BT.to(device), past_key_values=past, use_cache=past is not None
                 )

@@ -115,7 +115,7 @@ def test_other_attention_than_sdpa_is_left_alone(pair_dirs) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_by_onednn(family: str, expected, load_pair, monkeypatch) -> None:
     """Every product of the small models, which by their size would go the other way."""
-    if not onednn._is_faster():
+    if not onednn.is_faster():
         pytest.skip("this processor has no AVX-512")
     monkeypatch.setattr(onednn, "_WORTH_A_CALL", 0)
     wanted = expected(family, "replace")
@@ -130,34 +130,57 @@ def test_answers_by_onednn(family: str, expected, load_pair, monkeypatch) -> Non
 
 def test_products_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    linear = onednn._linear
+    linear = onednn.linear
 
     def noted(*args):
         called.append(args)
         return linear(*args)
 
-    monkeypatch.setattr(onednn, "_linear", noted)
-    monkeypatch.setattr(onednn, "_is_faster", lambda: True)
+    monkeypatch.setattr(onednn, "linear", noted)
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
     module = torch.nn.Linear(512, 700)
+    model = torch.nn.Sequential(module)
+    by_onednn = onednn.ByOneDNN(model)
     x = torch.randn(3, 40, 512)[:, 1:]
-    by_mkl = module(x).detach()
-    with torch.inference_mode(), onednn.products_by_onednn(torch.device("cpu")):
-        by_onednn = module(x)
+    plain = module(x).detach()
+    with torch.inference_mode(), by_onednn:
+        fast = model(x)
     assert len(called) == 1
-    exact = x.double() @ module.weight.double().T + module.bias.double()
+    exact = (x.double() @ module.weight.double().T + module.bias.double()).detach()
     # Sums of 512 float32 products in two orders: errors of a like size, and no rounded operands.
-    errors = [float((found - exact).detach().abs().max()) for found in (by_mkl, by_onednn)]
+    errors = [float((found - exact).abs().max()) for found in (plain, fast)]
     assert max(errors) < 1e-5, errors
-    module(x)
-    assert len(called) == 1, "after the with, nothing is intercepted"
-    with onednn.products_by_onednn(torch.device("cpu")):
-        module(x).sum().backward()
-        halves = module.to(torch.bfloat16)(x.to(torch.bfloat16))
+    model(x)
+    assert len(called) == 1, "behind the with, layers are what they were"
+    with by_onednn:
+        model(x).sum().backward()
+        halves = model.to(torch.bfloat16)(x.to(torch.bfloat16))
     assert halves.dtype is torch.bfloat16
     assert module.weight.grad is not None
 
 
-def test_an_error_leaves_no_mode_behind(load_pair) -> None:
-    with pytest.raises(NLAError):
-        load_pair("llama", "replace").explain(torch.full((48,), torch.nan))
-    assert not torch.overrides._get_current_function_mode_stack()
+def test_a_layer_with_a_forward_of_its_own_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As accelerate gives it to layers that it moves between devices."""
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
+    layer = torch.nn.Linear(512, 700)
+    by_onednn = onednn.ByOneDNN(layer)
+    layer.forward = lambda x: x
+    x = torch.randn(4, 512)
+    for _ in range(2):
+        with torch.inference_mode(), by_onednn:
+            assert layer(x) is x
+    assert "forward" in vars(layer)
+
+
+def test_an_error_leaves_the_layers_as_they_were(load_pair) -> None:
+    nla = load_pair("llama", "replace")
+    engine = nla.verbalizer.engine
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("in the middle of a pass")
+
+    handle = engine.model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises((NLAError, RuntimeError)):
+        nla.explain(vectors(), max_new_tokens=2, score=False)
+    handle.remove()
+    assert not any("forward" in vars(m) for m in engine.model.modules())

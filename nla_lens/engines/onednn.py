@@ -7,44 +7,67 @@ EPYC (Zen 5), and no slower for one row. Both sum in float32, in another order.
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 _WORTH_A_CALL: Final = 2**18
 """Multiplications of a product under which oneDNN's longer way in costs more than it saves."""
 
 
-class _ByOneDNN(TorchFunctionMode):
-    """While it is active, `linear` in this thread goes to oneDNN."""
+class ByOneDNN:
+    """The linear layers of a model; while it is entered they multiply by oneDNN.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.nn.functional.linear and not kwargs:
-            return _linear(*args)
-        return func(*args, **(kwargs or {}))
+    Layers that somebody gave a `forward` of their own, or another class, stay as they are. Where
+    oneDNN is no faster, nothing changes.
+
+    Not a torch function mode: one that has to look at each call of torch costs a tenth of a decode
+    step of few rows.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Args:
+        model: A model on any device; only products on a CPU are concerned.
+        """
+        self._layers: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
+        if is_faster():
+            self._layers = [
+                (module, partial(_forward, module))
+                for module in model.modules()
+                if type(module) is nn.Linear and module.weight.device.type == "cpu"
+            ]
+
+    def __enter__(self) -> None:
+        for layer, forward in self._layers:
+            layer.__dict__.setdefault("forward", forward)
+
+    def __exit__(self, *exc: object) -> None:
+        for layer, forward in self._layers:
+            if layer.__dict__.get("forward") is forward:
+                del layer.__dict__["forward"]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `torch.nn.functional.linear`, by oneDNN where it takes the tensors and is worth it."""
     # Other kinds of tensors (quantized weights, say) bring a product of their own.
-    plain = x.is_cpu and type(weight) in (Tensor, torch.nn.Parameter)
+    plain = x.is_cpu and type(weight) in (Tensor, nn.Parameter)
     suits = plain and x.dtype is weight.dtype is torch.float32 and not torch.is_grad_enabled()
-    if suits and x.numel() * weight.shape[0] >= _WORTH_A_CALL:
+    if suits and x.numel() * weight.shape[0] >= _WORTH_A_CALL and is_faster():
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
-    return torch.nn.functional.linear(x, weight, bias)
+    return nn.functional.linear(x, weight, bias)
 
 
-def products_by_onednn(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What to run a model in; changes nothing where oneDNN is no faster or not there."""
-    return _ByOneDNN() if device.type == "cpu" and _is_faster() else contextlib.nullcontext()
-
-
-def _is_faster() -> bool:
+@cache
+def is_faster() -> bool:
+    """Whether this processor, and this torch, are ones that gain by it."""
     return (
         torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()

@@ -15,7 +15,7 @@ from nla_lens.checkpoint import Checkpoint
 from nla_lens.checks import is_int
 from nla_lens.engines import Placement, shared_prefix
 from nla_lens.engines.decoding import LocalVerbalizer
-from nla_lens.engines.onednn import products_by_onednn
+from nla_lens.engines.onednn import ByOneDNN
 from nla_lens.errors import NLAError
 from nla_lens.hf import load_backbone, load_causal_lm
 from nla_lens.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace
@@ -67,6 +67,7 @@ class TransformersVerbalizer(LocalVerbalizer):
         self.model = model
         self._rule = spec.injection
         self._place = injection_module(model, spec)
+        self._by_onednn = ByOneDNN(model)
         self._keeps_shared = shared_prefix.enable(model)
         self._window = shared_prefix.narrowest_window(model)
 
@@ -85,7 +86,7 @@ class TransformersVerbalizer(LocalVerbalizer):
         injected_BD: Tensor | None = None,
     ) -> Tensor:
         """See `decoding.Forward`."""
-        with self._injected(injected_BD), products_by_onednn(self._device):
+        with self._injected(injected_BD), self._by_onednn:
             out = self.model(
                 input_ids=ids_BT,
                 attention_mask=None if mask_BL is None else mask_BL.long(),
