@@ -29,6 +29,9 @@ from nla_lens.sampling import Sampler
 
 _WORTH_A_COPY: Final = 8
 """Rows join when one place in this many is free: that copies the cache."""
+_PREFILL_TOKENS: Final = {"cpu": 512}
+"""Most tokens of a prefill pass; a CPU's caches hold no more, elsewhere it is `_MANY_TOKENS`."""
+_MANY_TOKENS: Final = 16_384
 _OVER: Final = -1
 
 
@@ -88,6 +91,11 @@ class _Flight:
     generated: list[list[int]] = field(default_factory=list)
     cache: Any = None
     mask_BL: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: list[int]) -> _Flight:
+        """Rows that nothing was generated for yet."""
+        return cls(rows, [[] for _ in rows])
 
     def drop(self) -> None:
         """Drops rows that are over; the last ones take their places, and no other row moves."""
@@ -150,10 +158,12 @@ class Decoder:
             free, started = batch_size - len(flight.rows), _Flight()
             try:
                 if waiting and free * _WORTH_A_COPY >= batch_size:
-                    started.rows = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                    started.generated = [[] for _ in started.rows]
-                    yield from self._advance(started, self._prefill(started, job), job, sampler)
-                    flight.join(started)
+                    for n in self._prefills(min(free, len(waiting)), job):
+                        started = _Flight.of([waiting.popleft() for _ in range(n)])
+                        logits_BV = self._prefill(started, job)
+                        yield from self._advance(started, logits_BV, job, sampler)
+                        flight.join(started)
+                        started = _Flight()
                 if flight.rows:
                     yield from self._advance(flight, self._step(flight, job), job, sampler)
             except torch.cuda.OutOfMemoryError as error:
@@ -183,6 +193,12 @@ class Decoder:
             or len(ids) >= job.max_new_tokens
             or job.is_finished(ids)
         )
+
+    def _prefills(self, n: int, job: Job) -> list[int]:
+        """How many of n rows go through each prefill pass."""
+        n_suffix = len(job.prompt_ids) - job.marker
+        most = max(1, _PREFILL_TOKENS.get(self._device.type, _MANY_TOKENS) // n_suffix)
+        return [min(most, n - start) for start in range(0, n, most)]
 
     @torch.inference_mode()
     def _prefill(self, started: _Flight, job: Job) -> Tensor:
