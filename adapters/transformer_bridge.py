@@ -214,13 +214,16 @@ def _wrap_entries(entries: MutableMapping[str, Any], run: Run, nla: NLA) -> None
     wrapped: dict[int, ResidualTensor] = {}
     for key, value in entries.items():
         hook_name = residual_name(key)
-        # An entry of another shape than the tokens is left as it is.
-        if hook_name is None or not isinstance(value, Tensor) or value.shape[:-1] != leading:
+        if hook_name is None:
             continue
-        if id(value) not in wrapped:
+        known = wrapped.get(id(value))
+        if known is None:
+            # An entry of another shape than the tokens is left as it is.
+            if not isinstance(value, Tensor) or value.shape[:-1] != leading:
+                continue
             origin = Origin(hook_name, where_LX3, run.to_token, nla)
-            wrapped[id(value)] = ResidualTensor.wrap(value, origin)
-        entries[key] = wrapped[id(value)]
+            known = wrapped[id(value)] = ResidualTensor.wrap(value, origin)
+        entries[key] = known
 
 
 def _check_kind(model: Any) -> None:

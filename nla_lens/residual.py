@@ -63,8 +63,11 @@ def locate(
     """
     ids = token_ids_BT.detach().long()
     n_rows, n_tokens = ids.shape
-    mask = torch.ones_like(ids) if attention_mask_BS is None else attention_mask_BS.to(ids)
-    positions = mask.cumsum(-1).sub(1).masked_fill(mask == 0, PADDING)[:, -n_tokens:]
+    if attention_mask_BS is None:
+        positions = torch.arange(n_tokens, device=ids.device).expand_as(ids)
+    else:
+        mask = attention_mask_BS.to(ids)
+        positions = mask.cumsum(-1).sub(1).masked_fill(mask == 0, PADDING)[:, -n_tokens:]
     rows = torch.arange(n_rows, device=ids.device)[:, None].expand_as(ids)
     return torch.stack([rows, positions, ids], dim=-1)
 
