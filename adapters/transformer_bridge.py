@@ -25,7 +25,7 @@ from nla_lens.block_reader import may_cut
 from nla_lens.engines.transformers import find_eos_ids
 from nla_lens.errors import NLAError
 from nla_lens.frameworks import Probe, check_fit
-from nla_lens.hook_point import ResidPost, residual_name
+from nla_lens.hook_point import ResidPost, residual_names
 from nla_lens.nla import NLA
 from nla_lens.residual import Origin, ResidualTensor
 
@@ -168,7 +168,7 @@ def _recording(cls: Any, nla: NLA) -> Callable[..., Any]:
         run = Run(model, dict(zip(positional, args, strict=False)) | kwargs)
         with run.watching():
             output, cache = original(model, *args, **kwargs)
-        _wrap_entries(getattr(cache, "cache_dict", cache), run, nla)
+        _wrap_entries(getattr(cache, "cache_dict", cache), model.cfg.n_layers, run, nla)
         return output, cache
 
     return run_with_cache
@@ -205,16 +205,17 @@ def _positional_names(cls: Any) -> tuple[str, ...]:
     return ()
 
 
-def _wrap_entries(entries: MutableMapping[str, Any], run: Run, nla: NLA) -> None:
+def _wrap_entries(entries: MutableMapping[str, Any], n_blocks: int, run: Run, nla: NLA) -> None:
     where_LX3 = run.where()
     if where_LX3 is None:
         return
     leading = where_LX3.shape[:-1]
     # TransformerBridge caches each tensor under two names; it is the same one afterwards, too.
     wrapped: dict[int, ResidualTensor] = {}
-    for key, value in entries.items():
-        hook_name = residual_name(key)
-        if hook_name is None:
+    # Looked up by name: the cache has ten times as many entries.
+    for key, hook_name in residual_names(n_blocks).items():
+        value = entries.get(key)
+        if value is None:
             continue
         known = wrapped.get(id(value))
         if known is None:

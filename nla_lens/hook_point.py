@@ -21,7 +21,6 @@ from nla_lens.errors import NLAError
 
 # TransformerBridge also caches a block's input and output as hook_in and hook_out.
 _NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|in|resid_post|out)")
-_RESIDUAL = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|in|out)")
 _SIDES = {"in": "resid_pre", "out": "resid_post"}
 
 
@@ -82,17 +81,18 @@ class ResidPost:
 
 
 @functools.cache
-def residual_name(name: str) -> str | None:
-    """HookedTransformer's spelling of a hook point in the residual stream, None for any other.
+def residual_names(n_blocks: int) -> dict[str, str]:
+    """Every name of a hook point in the residual stream, and HookedTransformer's spelling of it.
 
-    >>> residual_name("blocks.3.hook_out"), residual_name("blocks.3.hook_mlp_out")
-    ('blocks.3.hook_resid_post', None)
+    >>> residual_names(1)["blocks.0.hook_out"]
+    'blocks.0.hook_resid_post'
 
     `hook_resid_mid`, between a block's attention and its MLP, is in the stream, too, but no layer's
     end: `ResidPost.find` does not know it.
     """
-    match = _RESIDUAL.fullmatch(name)
-    if match is None:
-        return None
-    side = match[1]
-    return name.removesuffix(side) + _SIDES.get(side, side)
+    sides = {side: side for side in ("resid_pre", "resid_mid", "resid_post")} | _SIDES
+    return {
+        f"blocks.{block}.hook_{side}": f"blocks.{block}.hook_{spelled}"
+        for block in range(n_blocks)
+        for side, spelled in sides.items()
+    }
