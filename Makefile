@@ -65,7 +65,7 @@ find-redis:
 	  echo "nla-lens: there is no redis-server here; Debian has it in a package of that name." >&2; exit 1; }
 
 bench: .venv/.test  ## measure speed and memory next to what a user would do otherwise: some 20 minutes
-	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/run.py
+	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/run.py --out benchmarks/results/cpu.txt
 
 clean:  ## remove the environments, caches and build leftovers
 	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif .venv-vllm build dist nla_lens.egg-info
