@@ -163,6 +163,31 @@ def open_checkpoint(
     return Checkpoint(str(name), _download(str(name), revision, wanted), revision)
 
 
+def fetch_file(checkpoint: Checkpoint, name: str) -> Path:
+    """The path of one file of an open checkpoint, downloaded where that is on the hub.
+
+    A directory on this machine is as it is: the file may be missing there.
+
+    Raises:
+        NLAError: The hub does not give it.
+    """
+    path = checkpoint.path / name
+    if path.is_file() or os.path.isdir(_as_path(checkpoint.name)):
+        return path
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        # The snapshot's directory is named after its commit.
+        return Path(hf_hub_download(checkpoint.name, name, revision=checkpoint.path.name))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise NLAError(
+            f"{name} of {checkpoint.name} cannot be fetched from the hub ({type(error).__name__}: "
+            f"{reason}); check the name, the network and, for gated models, `hf auth login`"
+        ) from error
+
+
 def _as_path(name: str | Path) -> Path:
     # Path.expanduser raises where there is no such user; this leaves the name as it is.
     return Path(os.path.expanduser(name))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nla_lens.checkpoint import HEAD_NAME, Checkpoint, open_checkpoint
+from nla_lens.checkpoint import HEAD_NAME, Checkpoint, fetch_file, open_checkpoint
 from nla_lens.checks import naming
 from nla_lens.engines import (
     Placement,
@@ -72,7 +72,8 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
         with naming(ar.sidecar.path):
             check_prompt(spec, ar_tokenizer)
         if is_remote(engines["ar"]):
-            _fetch_head(ar)
+            # Beside the small files that are there already.
+            fetch_file(ar, HEAD_NAME)
         head = load_head(ar, spec.d_model)
         backbone = load_reconstructor_engine(engines["ar"], ar, spec, request.placement)
         reconstructor = Reconstructor(spec, ar_tokenizer, backbone, head)
@@ -87,24 +88,6 @@ def _open(name: str | Path, request: Request, engine: str) -> Checkpoint:
         return open_checkpoint(name, revision=revision, weights=False)
     opened = open_small if is_served(engine) else open_checkpoint
     return opened(name, revision=revision, foreign_code=foreign_code)
-
-
-def _fetch_head(ar: Checkpoint) -> None:
-    """Downloads the value head alone, beside the small files that are there already."""
-    if (ar.path / HEAD_NAME).is_file() or Path(ar.name).expanduser().is_dir():
-        return
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        # The snapshot's directory is named after its commit.
-        hf_hub_download(ar.name, HEAD_NAME, revision=ar.path.name)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise NLAError(
-            f"{HEAD_NAME} of {ar.name} cannot be fetched from the hub ({type(error).__name__}: "
-            f"{reason}); check the name, the network and, for gated models, `hf auth login`"
-        ) from error
 
 
 def torch_device(device: Any) -> Any:

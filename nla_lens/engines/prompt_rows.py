@@ -28,7 +28,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from nla_lens.checkpoint import Checkpoint, open_checkpoint
+from nla_lens.checkpoint import Checkpoint, fetch_file, open_checkpoint
 from nla_lens.errors import NLAError
 from nla_lens.lora import CONFIG_NAME, WEIGHTS_NAME, adapter_base
 
@@ -125,7 +125,9 @@ def open_rows(checkpoint: Checkpoint, config: Any, dtype: Any) -> PromptRows:
     name, key = _find(base)
     factor = text.hidden_size**0.5 if config.model_type in SCALED else None
     known = dtype or getattr(config, "dtype", None) or getattr(text, "dtype", None)
-    path = _fetched(base, name)
+    path = fetch_file(base, name)
+    if not path.is_file():
+        raise NLAError(f"no {name} in {base.path}: the prompt's embeddings are read from it")
     return PromptRows(path, key or _key_in(path), factor, known)
 
 
@@ -202,24 +204,3 @@ def _one_key(keys: Any, where: Path) -> str:
     if len(found) != 1:
         raise NLAError(f"{where} names {len(found)} embedding tables (*.{_KEY}); expected one")
     return str(found[0])
-
-
-def _fetched(base: Checkpoint, name: str) -> Path:
-    """The path of one file of weights, downloaded where the checkpoint is on the hub."""
-    path = base.path / name
-    if path.is_file():
-        return path
-    if Path(base.name).expanduser().is_dir():
-        raise NLAError(f"no {name} in {base.path}: the prompt's embeddings are read from it")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        # The snapshot's directory is named after its commit.
-        return Path(hf_hub_download(base.name, name, revision=base.path.name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise NLAError(
-            f"{name} of {base.name} cannot be fetched from the hub ({type(error).__name__}: "
-            f"{reason}); check the network and, for gated models, `hf auth login`"
-        ) from error
