@@ -29,13 +29,15 @@ from torch import Tensor, nn
 
 from nla_lens.adapters.nnsight_remote import explaining
 from nla_lens.adapters.nnsight_run import Recorder
-from nla_lens.anatomy import text_model
+from nla_lens.engines.ndif.source import NDIFSource, open_remote_source
 from nla_lens.errors import NLAError
-from nla_lens.extraction import token_text
-from nla_lens.frameworks import Probe, check_fit
-from nla_lens.hook_point import ResidPost
+from nla_lens.models.anatomy import text_model
+from nla_lens.models.tokens import token_text
 from nla_lens.nla import NLA
-from nla_lens.residual import ResidualTensor
+from nla_lens.stream.explainer import check_fit
+from nla_lens.stream.frameworks import Probe
+from nla_lens.stream.hook_point import ResidPost
+from nla_lens.stream.residual import ResidualTensor
 
 _REMOTE_DEFAULTS: Final = {"remote": False, "blocking": True, "job_id": None, "verbose": False}
 
@@ -84,6 +86,11 @@ def as_source(model: Any, tokenizer: Any = None) -> NNsightSource:
     return NNsightSource(model, tokenizer)
 
 
+def as_remote_source(model: Any, remote: str | bool, tokenizer: Any = None) -> NDIFSource:
+    """The model, or one that is named, on an NDIF server as a source for `nla_lens.extract`."""
+    return open_remote_source(model, remote, tokenizer)
+
+
 class NNsightSource:
     """Reads the residual stream in a trace that stops behind the block; edits of the model apply.
 
@@ -122,7 +129,7 @@ class NNsightSource:
     @torch.inference_mode()
     def go_on(self, ids: Sequence[int], n: int) -> list[int]:
         """Argmax continuation, a whole pass per token: registered edits act on each pass alike."""
-        from nla_lens.engines.transformers import find_eos_ids
+        from nla_lens.models.tokens import find_eos_ids
 
         grown = list(ids)
         ends = find_eos_ids(self.model._module)

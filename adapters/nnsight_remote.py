@@ -17,7 +17,7 @@ from nnsight.intervention.envoy import Envoy
 from torch import Tensor
 
 from nla_lens.adapters.nnsight_run import Recorder, where_of_pass
-from nla_lens.residual import Origin, ResidualTensor
+from nla_lens.stream.residual import Origin, ResidualTensor
 
 
 class ExplainingBackend:

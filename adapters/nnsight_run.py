@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.nla import NLA
-from nla_lens.residual import Origin, ResidualTensor, locate
+from nla_lens.stream.residual import Origin, ResidualTensor, locate
 
 
 class Recorder:

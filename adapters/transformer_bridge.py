@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.adapters.transformer_bridge_run import Run
-from nla_lens.block_reader import may_cut
-from nla_lens.engines.transformers import find_eos_ids
 from nla_lens.errors import NLAError
-from nla_lens.frameworks import Probe, check_fit
-from nla_lens.hook_point import ResidPost, residual_names
+from nla_lens.models.block_reader import may_cut
+from nla_lens.models.tokens import find_eos_ids
 from nla_lens.nla import NLA
-from nla_lens.residual import Origin, ResidualTensor
+from nla_lens.stream.explainer import check_fit
+from nla_lens.stream.frameworks import Probe
+from nla_lens.stream.hook_point import ResidPost, residual_names
+from nla_lens.stream.residual import Origin, ResidualTensor
 
 _METHOD = "run_with_cache"
 _ROWS_LOOKED_AT = 256

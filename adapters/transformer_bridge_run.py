@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nla_lens.extraction import token_text
-from nla_lens.residual import locate
+from nla_lens.models.tokens import token_text
+from nla_lens.stream.residual import locate
 
 
 class Run:

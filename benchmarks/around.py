@@ -19,7 +19,7 @@ import torch
 from subject import SHAPES, Shape, random_model
 
 import nla_lens
-from nla_lens.hf import load_tokenizer
+from nla_lens.models.weights import load_tokenizer
 
 Row = tuple[str, str, dict[str, str]]
 

@@ -20,7 +20,7 @@ import torch
 from subject import MARKER, PROMPT_TOKENS, Shape, timed
 from torch import Tensor
 
-from nla_lens.engines.onednn import linear
+from nla_lens.models.onednn import linear
 
 _MANY_ROWS = 2048
 

@@ -12,7 +12,7 @@ import torch
 from subject import SHAPES, Shape, medians, random_model, realistic_lengths, timed
 
 import nla_lens
-from nla_lens.engines.transformers import TransformersReconstructor
+from nla_lens.engines.local.transformers import TransformersReconstructor
 
 Row = tuple[str, str, dict[str, str]]
 

@@ -11,8 +11,8 @@ from floor import Machine
 from subject import MARKER, PROMPT_TOKENS, SCALE, Shape, medians, realistic_lengths, timed
 
 from nla_lens.engines import Job
-from nla_lens.engines.transformers import TransformersVerbalizer
-from nla_lens.injection import rescale
+from nla_lens.engines.local.transformers import TransformersVerbalizer
+from nla_lens.stream.injection import rescale
 
 Row = tuple[str, str, dict[str, str]]
 

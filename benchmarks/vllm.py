@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nla_lens import NLA, NLAError  # noqa: E402
-from nla_lens.engines.served import Server as Address  # noqa: E402
+from nla_lens.engines.served.server import Server as Address  # noqa: E402
 from tests.checkpoints import build_av  # noqa: E402
 from tests.vllm_server.server import Server  # noqa: E402
 

@@ -13,14 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nla_lens.checkpoints.spec import NLASpec
     from nla_lens.errors import NLAError, NLARemoteError, NLAWarning
-    from nla_lens.explanation import Explanation, Explanations
-    from nla_lens.extraction import extract
-    from nla_lens.frameworks import Probe, attach
-    from nla_lens.hook_point import ResidPost
     from nla_lens.nla import NLA
-    from nla_lens.residual import ResidualTensor
-    from nla_lens.spec import NLASpec
+    from nla_lens.results.explanation import Explanation, Explanations
+    from nla_lens.stream.extraction import extract
+    from nla_lens.stream.frameworks import Probe, attach
+    from nla_lens.stream.hook_point import ResidPost
+    from nla_lens.stream.residual import ResidualTensor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,17 +39,17 @@ __all__ = [
 ]
 _HOMES = {
     "NLA": "nla",
-    "Explanation": "explanation",
-    "Explanations": "explanation",
+    "Explanation": "results.explanation",
+    "Explanations": "results.explanation",
     "NLAError": "errors",
     "NLARemoteError": "errors",
-    "NLASpec": "spec",
+    "NLASpec": "checkpoints.spec",
     "NLAWarning": "errors",
-    "Probe": "frameworks",
-    "ResidPost": "hook_point",
-    "ResidualTensor": "residual",
-    "attach": "frameworks",
-    "extract": "extraction",
+    "Probe": "stream.frameworks",
+    "ResidPost": "stream.hook_point",
+    "ResidualTensor": "stream.residual",
+    "attach": "stream.frameworks",
+    "extract": "stream.extraction",
 }
 
 

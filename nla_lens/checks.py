@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from numbers import Integral, Real
-from typing import Any, Final
+from typing import Any
 
 from nla_lens.errors import NLAError
 
@@ -28,14 +27,6 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-_CONTROL: Final = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def harmless(text: str) -> str:
-    """A text whose control characters, and those that turn the writing round, are spelled out."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 @contextlib.contextmanager

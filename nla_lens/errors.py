@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from nla_lens.explanation import Explanation, Explanations
+from typing import Any
 
 
 class NLAError(ValueError):
     """Something a caller can put right: says what was wrong, where, and what to do.
 
     Attributes:
-        explanations: What had been finished when the error struck, in input order from the
-            first vector on; None where the error came before any model ran.
+        explanations: The `Explanations` finished when the error struck, in input order from
+            the first vector on; None where the error came before any model ran.
         later: What had been finished after the first vector that was not, by its row-major
             index: rows of a batch end in any order.
     """
 
-    explanations: Explanations | None = None
-    later: Mapping[int, Explanation] = MappingProxyType({})
+    explanations: Sequence[Any] | None = None
+    later: Mapping[int, Any] = MappingProxyType({})
 
 
 class NLARemoteError(NLAError):

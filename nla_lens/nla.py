@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nla_lens import metrics
-from nla_lens.checkpoint import name_halves
+from nla_lens.checkpoints.files import name_halves
+from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checks import is_int
-from nla_lens.engines import Placement, per_half, remote_host
-from nla_lens.engines.served import Server
+from nla_lens.engines import per_half, remote_host
+from nla_lens.engines.served.server import Server
 from nla_lens.errors import NLAError
-from nla_lens.explaining import Options, explain_batch
-from nla_lens.explanation import Explanation, Explanations
-from nla_lens.extraction import Positions, Text, open_source, read_text
-from nla_lens.loading import Request, load_halves, torch_device, torch_dtype
+from nla_lens.halves.explaining import Options, explain_batch
+from nla_lens.halves.loading import Request, load_halves
+from nla_lens.halves.reconstructor import Reconstructor, check_texts
+from nla_lens.halves.verbalizer import Verbalizer
+from nla_lens.models.placement import Placement, torch_device, torch_dtype
 from nla_lens.progress import waiting, with_progress
-from nla_lens.reconstructor import Reconstructor, check_texts
-from nla_lens.spec import NLASpec
-from nla_lens.vectors import VectorBatch, VectorsLike, check_vectors
-from nla_lens.verbalizer import Verbalizer
+from nla_lens.results import metrics
+from nla_lens.results.explanation import Explanation, Explanations
+from nla_lens.stream.extraction import Positions, Text, open_source, read_text
+from nla_lens.stream.vectors import VectorBatch, VectorsLike, check_vectors
 
 
 class NLA:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from nla_lens import NLA
+from nla_lens.checkpoints.chat import Prompt
 from nla_lens.engines import Job
-from nla_lens.reconstructor import Reconstructor
-from nla_lens.verbalizer import Prompt, Verbalizer
+from nla_lens.halves.reconstructor import Reconstructor
+from nla_lens.halves.verbalizer import Verbalizer
 
 EOS = 9_999
 """End-of-sequence of every scripted engine; an id that no tokenizer here has."""

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import nla_lens
 from nla_lens import NLA, block_reader
-from nla_lens.anatomy import text_model
-from nla_lens.batching import padded_batches, right_padded
-from nla_lens.block_reader import BlockReader, common_prefix
-from nla_lens.engines import onednn
+from nla_lens.models import onednn
+from nla_lens.models.anatomy import text_model
+from nla_lens.models.batching import padded_batches, right_padded
+from nla_lens.models.block_reader import BlockReader, common_prefix
 
 from .checkpoints import EXPLANATIONS, FAMILIES, build_source
 from .checkpoints.configs import SLIDING_WINDOW

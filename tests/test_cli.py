@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from nla_lens import NLA, cli
-from nla_lens.explanation import Explanation, Explanations
+from nla_lens.cli.options import parse_positions
+from nla_lens.results.explanation import Explanation, Explanations
 
 from .checkpoints import build_pair, build_source
 
@@ -141,7 +142,7 @@ def test_an_interrupt_shows_what_was_finished(run, pair: Path, monkeypatch) -> N
     ],
 )  # fmt: skip
 def test_positions(given: str | None, wanted: object) -> None:
-    assert cli.parse_positions(given) == wanted
+    assert parse_positions(given) == wanted
 
 
 # --- info and check -------------------------------------------------------------------------------
@@ -204,8 +205,8 @@ def broken_add(resid_BTD, vec_BD, position):
 def test_check_catches_an_injection_that_does_nothing(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
 ) -> None:
-    monkeypatch.setattr("nla_lens.engines.transformers.replace", broken_replace)
-    monkeypatch.setattr("nla_lens.engines.transformers.norm_matched_add", broken_add)
+    monkeypatch.setattr("nla_lens.engines.local.transformers.replace", broken_replace)
+    monkeypatch.setattr("nla_lens.engines.local.transformers.norm_matched_add", broken_add)
     av, ar = build_pair(tmp_path, "qwen2", injection=rule)
     got = run("check", av, "--ar", ar, "--injection", rule, "--vectors", 4)
     assert got.status == 1
@@ -215,7 +216,7 @@ def test_check_catches_an_injection_that_does_nothing(
 
 
 def test_check_reports_texts_that_are_all_chinese(run, pair: Path, monkeypatch) -> None:
-    from nla_lens.verbalizer import Answer, Verbalizer
+    from nla_lens.halves.verbalizer import Answer, Verbalizer
 
     texts = iter([f"这是{i}个字" for i in "一二三四五六七八九十" * 5])
 

@@ -95,7 +95,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_table_of_releases_is_the_one_in_the_code() -> None:
-    from nla_lens.releases import KNOWN_RELEASES
+    from nla_lens.checkpoints.releases import KNOWN_RELEASES
 
     for release in KNOWN_RELEASES:
         name = release.stem if release.ar else release.av

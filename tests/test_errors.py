@@ -261,11 +261,10 @@ def test_code_in_a_checkpoint_is_not_run(av: Path, ar: Path, tmp_path: Path, hal
 
 def test_trust_remote_code_is_off_everywhere() -> None:
     import nla_lens.engines
-    import nla_lens.hf
+    from nla_lens.models import weights
 
     functions = [
-        NLA.from_pretrained, nla_lens.hf.load_tokenizer, nla_lens.hf.load_causal_lm,
-        nla_lens.hf.load_backbone,
+        NLA.from_pretrained, weights.load_tokenizer, weights.load_causal_lm, weights.load_backbone,
     ]  # fmt: skip
     for function in functions:
         assert inspect.signature(function).parameters["trust_remote_code"].default is False

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nla_lens import NLA, Explanation, Explanations, NLAError, ResidualTensor
-from nla_lens.explaining import Options
-from nla_lens.residual import Origin, locate
+from nla_lens.halves.explaining import Options
+from nla_lens.stream.residual import Origin, locate
 
 from .checkpoints import FAMILIES, reference, vectors
 from .scripted import (

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nla_lens import NLA, Explanation, Explanations, NLAError
-from nla_lens.flags import find_flags
+from nla_lens.results.flags import find_flags
 
 from .scripted import scripted
 
@@ -157,7 +157,7 @@ def test_to_pandas_without_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_a_terminal(e: Explanation) -> str:
     from rich.console import Console
 
-    from nla_lens.display import to_table
+    from nla_lens.results.display import to_table
 
     console = Console(width=80, file=io.StringIO())
     console.print(to_table([e]))

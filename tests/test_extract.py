@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nla_lens
 from nla_lens import NLA, NLAError, ResidualTensor, hf_source
-from nla_lens.anatomy import text_model
+from nla_lens.models.anatomy import text_model
 
 from .checkpoints import FAMILIES, build_pair, build_source
 from .checkpoints.configs import SLIDING_WINDOW

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nla_lens import NLA
-from nla_lens.engines import onednn
-from nla_lens.engines.shared_prefix import NAME, attention_forward
+from nla_lens.engines.local.shared_prefix import NAME, attention_forward
 from nla_lens.errors import NLAError
+from nla_lens.models import onednn
 
 from .checkpoints import FAMILIES, reference, vectors
 
@@ -102,7 +102,7 @@ def test_a_window_that_cuts_needs_the_prefix_in_every_row(
 
 
 def test_other_attention_than_sdpa_is_left_alone(pair_dirs) -> None:
-    from nla_lens.engines import shared_prefix
+    from nla_lens.engines.local import shared_prefix
 
     nla = NLA.from_pretrained(av=pair_dirs("llama", "replace")[0])
     model = nla.verbalizer.engine.model

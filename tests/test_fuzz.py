@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from nla_lens import NLAError
-from nla_lens.checkpoint import Checkpoint
-from nla_lens.hf import load_backbone, load_tokenizer
-from nla_lens.reconstructor import check_prompt, load_head
-from nla_lens.spec import build_spec
-from nla_lens.verbalizer import canonical_prompt
+from nla_lens.checkpoints.chat import canonical_prompt
+from nla_lens.checkpoints.files import Checkpoint
+from nla_lens.checkpoints.spec import build_spec
+from nla_lens.halves.reconstructor import check_prompt, load_head
+from nla_lens.models.weights import load_backbone, load_tokenizer
 
 from .checkpoints import reference
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nla_lens import NLAError, ResidPost
-from nla_lens.injection import (
+from nla_lens.stream.injection import (
     NORM_MATCHED_ADD_AT,
     fill,
     find_marker,

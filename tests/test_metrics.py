@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nla_lens import metrics
+from nla_lens.results import metrics
 
 from .checkpoints import vectors
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from nla_lens import progress
+from nla_lens.engines.ndif.errors import SilenceError, StoreError
 from nla_lens.progress import show_state, waiting, with_progress
-from nla_lens.remote_errors import SilenceError, StoreError
 
 pytest.importorskip("nnsight")
 httpx = pytest.importorskip("httpx")
@@ -20,8 +20,8 @@ pytest.importorskip("tenacity")
 from nnsight.intervention.backends.remote import RemoteError  # noqa: E402
 from nnsight.schema.response import ResponseModel, Status  # noqa: E402
 
-from nla_lens.engines.ndif_backend import NDIFBackend, Patience, Traffic, _may_pass  # noqa: E402
-from nla_lens.engines.time_limit import within  # noqa: E402
+from nla_lens.engines.ndif.backend import NDIFBackend, Patience, Traffic, _may_pass  # noqa: E402
+from nla_lens.engines.ndif.time_limit import within  # noqa: E402
 
 Script = list[tuple[int, bytes]]
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from nla_lens import NLAError
-from nla_lens.doctor import doctor, examine
+from nla_lens.cli.doctor import doctor, examine
 
 pytest.importorskip("nnsight")
 pytest.importorskip("tenacity")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from nla_lens import NLA, NLAError
+from nla_lens.engines.ndif.errors import SilenceError, StoreError, tell, told
 from nla_lens.errors import NLARemoteError
-from nla_lens.remote_errors import SilenceError, StoreError, scrub, tell, told
+from nla_lens.foreign import scrub
 
 from .checkpoints import vectors
 

@@ -21,8 +21,8 @@ from .checkpoints import EXPLANATIONS, FAMILIES, build_pair, build_source, vecto
 nnsight = pytest.importorskip("nnsight")
 pytest.importorskip("tenacity")
 
-from nla_lens.engines.ndif import RemoteModel, Server  # noqa: E402
-from nla_lens.hf import load_tokenizer  # noqa: E402
+from nla_lens.engines.ndif.engine import RemoteModel, Server  # noqa: E402
+from nla_lens.models.weights import load_tokenizer  # noqa: E402
 
 RULES = ("replace", "norm_matched_add")
 LOCAL = "ndif:local"
@@ -89,7 +89,7 @@ def test_shipped_blocks_name_nothing_of_ours(
     assert len(blobs) >= 6
     for blob in blobs:
         # Where the block was written is shipped for tracebacks; that is no reference.
-        kept = blob.replace(b"nla_lens/engines/nnsight_traces.py", b"")
+        kept = blob.replace(b"nla_lens/engines/local/nnsight_traces.py", b"")
         assert b"nla_lens" not in kept
 
 
@@ -102,7 +102,7 @@ def test_extract_remote(source_dir: Path) -> None:
             assert torch.equal(a.as_ordinary(), b.as_ordinary())
             assert torch.equal(a.origin.where_LX3, b.origin.where_LX3)
             assert a.hook_name == b.hook_name
-    tokenizer = nla_lens.extraction.open_source(source_dir).tokenizer
+    tokenizer = nla_lens.stream.extraction.open_source(source_dir).tokenizer
     model = nnsight.TransformersModel(str(source_dir), task="text-generation", tokenizer=tokenizer)
     from_model = nla_lens.extract(model, texts, 3, remote="local")
     assert torch.equal(from_model[0].as_ordinary(), nla_lens.extract(source_dir, texts, 3)[0])
@@ -216,7 +216,7 @@ def test_a_client_of_the_70b_is_small(large_pair: Path, capsys: pytest.CaptureFi
 import resource
 import torch
 from nla_lens import NLA, NLARemoteError
-from nla_lens.engines.ndif_source import open_remote_source
+from nla_lens.engines.ndif.source import open_remote_source
 nla = NLA.from_pretrained({str(large_pair)!r}, engine="ndif:http://127.0.0.1:9")
 source = open_remote_source({str(large_pair) + "-av"!r}, "http://127.0.0.1:9")
 server = nla.verbalizer.engine.server

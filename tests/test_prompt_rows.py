@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nla_lens import NLA, NLAError
-from nla_lens.checkpoint import open_checkpoint
-from nla_lens.engines.prompt_rows import PromptRows, open_rows, open_small
-from nla_lens.hf import load_configs
+from nla_lens.checkpoints.files import open_checkpoint
+from nla_lens.engines.served.prompt_rows import PromptRows, open_rows, open_small
+from nla_lens.models.weights import load_configs
 
 from .checkpoints import build_av, build_lora_av, build_source
 from .checkpoints.configs import FAMILIES
@@ -139,7 +139,7 @@ def test_from_the_hub_one_file_is_fetched(
         return str(whole / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    from nla_lens.checkpoint import Checkpoint
+    from nla_lens.checkpoints.files import Checkpoint
 
     rows = open_rows(Checkpoint("someone/x-av", there), load_configs(there)[0], None)
     assert torch.equal(rows.of(IDS), rows_of(whole).of(IDS))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nla_lens import NLA, NLAError
-from nla_lens.reconstructor import load_head
+from nla_lens.halves.reconstructor import load_head
 
 from .checkpoints import (
     EXPLANATIONS,
@@ -127,9 +127,9 @@ def test_a_batch_is_padded_on_the_right(
     load_pair, expected_ar, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """All lengths in one batch."""
-    monkeypatch.setattr("nla_lens.block_reader.WIDE", 0)
+    monkeypatch.setattr("nla_lens.models.block_reader.WIDE", 0)
     monkeypatch.setattr(
-        "nla_lens.block_reader.padded_batches",
+        "nla_lens.models.block_reader.padded_batches",
         lambda lengths, *_: [list(range(len(lengths)))[::-1]],
     )
     got = load_pair(family, "replace").reconstruct(TEXTS)
@@ -140,9 +140,9 @@ def test_a_batch_is_padded_on_the_right(
 def test_the_tokenizers_padding_side_does_not_matter(
     tmp_path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    monkeypatch.setattr("nla_lens.block_reader.WIDE", 0)
+    monkeypatch.setattr("nla_lens.models.block_reader.WIDE", 0)
     monkeypatch.setattr(
-        "nla_lens.block_reader.padded_batches",
+        "nla_lens.models.block_reader.padded_batches",
         lambda lengths, *_: [list(range(len(lengths)))],
     )
     ar = build_ar(tmp_path / "ar", family, tokenizer={"padding_side": "left"})
@@ -312,8 +312,8 @@ BAD_HEADS = {
 def test_bad_value_heads(ar_dir: Path, pair_dirs, monkeypatch, name: str) -> None:
     damage, names = BAD_HEADS[name]
     damage(ar_dir / "value_head.safetensors")
-    monkeypatch.setattr("nla_lens.loading.load_reconstructor_engine", no_weights)
-    monkeypatch.setattr("nla_lens.loading.load_verbalizer_engine", no_weights)
+    monkeypatch.setattr("nla_lens.halves.loading.load_reconstructor_engine", no_weights)
+    monkeypatch.setattr("nla_lens.halves.loading.load_verbalizer_engine", no_weights)
     with pytest.raises(NLAError, match=names) as caught:
         NLA.from_pretrained(av=pair_dirs("qwen2", "replace")[0], ar=ar_dir)
     assert "value_head.safetensors" in str(caught.value).splitlines()[0]
@@ -325,7 +325,7 @@ def no_weights(*_: object) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_head_of_any_float_dtype(ar_dir: Path, dtype: torch.dtype) -> None:
-    from nla_lens.checkpoint import open_checkpoint
+    from nla_lens.checkpoints.files import open_checkpoint
 
     save_file({"weight": (SQUARE * 0.5).to(dtype)}, str(ar_dir / "value_head.safetensors"))
     loaded = load_head(open_checkpoint(ar_dir), 64)
@@ -362,7 +362,7 @@ def test_a_bias_is_added(tmp_path, pair_dirs) -> None:
 
 def test_scripted_backbones_go_through_the_head(nla: NLA) -> None:
     backbone = ScriptedReconstructor(torch.eye(64)[:2])
-    from nla_lens.reconstructor import Reconstructor
+    from nla_lens.halves.reconstructor import Reconstructor
 
     tokenizer, weight = nla.reconstructor.tokenizer, nla.reconstructor.weight_DD
     mine = Reconstructor(nla.spec, tokenizer, backbone, {"weight": weight})

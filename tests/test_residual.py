@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nla_lens import NLA, NLAError, ResidualTensor
-from nla_lens.residual import PADDING, Origin, locate
+from nla_lens.stream.residual import PADDING, Origin, locate
 
 IDS_BT = torch.tensor([[9, 11, 12, 13, 14], [21, 22, 23, 24, 25]])
 MASK_BT = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from nla_lens import NLA, NLAError, extract
 from nla_lens.adapters import features as features_module
-from nla_lens.adapters.latents import Latents
+from nla_lens.adapters.dictionaries.latents import Latents
 from nla_lens.adapters.sae import (
     FeatureExplanations,
     NLADictionary,
@@ -24,8 +24,8 @@ from nla_lens.adapters.sae import (
     load_dictionary,
     run_with_nla,
 )
-from nla_lens.cli import cli
-from nla_lens.releases import TINY_DIR
+from nla_lens.checkpoints.releases import TINY_DIR
+from nla_lens.cli.main import cli
 
 from . import dictionary_files as files
 
@@ -343,7 +343,7 @@ def test_the_tutorials_dictionary_is_of_this_source_model(tiny: NLA) -> None:
 
 def test_contributions_of_scaled_latents_are_lengths_once(tmp_path: Path) -> None:
     sae = load_dictionary(files.dictionary_learning(tmp_path, "JumpReluAutoEncoder").source)
-    from nla_lens.adapters.decomposition import _strongest
+    from nla_lens.adapters.dictionaries.decomposition import _strongest
 
     x = torch.randn(files.D, generator=torch.Generator().manual_seed(1)) * 3
     acts = sae.encode(x)

@@ -252,7 +252,7 @@ def test_what_is_not_read_here_is_left_to_sae_lens(tmp_path: Path) -> None:
 def test_what_is_not_read_is_named(
     cfg: dict, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nla_lens.adapters.sae._by_sae_lens", lambda folder: None)
+    monkeypatch.setattr("nla_lens.adapters.dictionaries.loading._by_sae_lens", lambda folder: None)
     case = files.saelens(tmp_path)
     settings = json.loads((case.source / "cfg.json").read_text())
     (case.source / "cfg.json").write_text(json.dumps({**settings, **cfg}))
@@ -326,7 +326,7 @@ def test_nan_in_a_bias_is_named(tmp_path: Path) -> None:
 def test_a_large_file_is_looked_through_as_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nla_lens.adapters.dictionary._SCANNED", 0)
+    monkeypatch.setattr("nla_lens.adapters.dictionaries.dictionary._SCANNED", 0)
     case = files.qresearch(tmp_path)
 
     def spoil(t: torch.Tensor) -> torch.Tensor:
@@ -456,7 +456,7 @@ def test_an_object_with_the_three_names_is_taken_as_it_is() -> None:
 
 def test_dictionaries_need_none_of_the_tools() -> None:
     code = (
-        "import sys, nla_lens.adapters.sae, nla_lens.adapters.sae_command;"
+        "import sys, nla_lens.adapters.sae, nla_lens.adapters.dictionaries.command;"
         "print({'sae_lens', 'transformer_lens', 'nnsight'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

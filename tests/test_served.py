@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nla_lens import NLA, NLAError
-from nla_lens.checkpoint import Checkpoint
-from nla_lens.engines.served import KEY_VARIABLE, Served, Server, pick
+from nla_lens.checkpoints.files import Checkpoint
+from nla_lens.engines.served.server import KEY_VARIABLE, Served, Server, pick
 from nla_lens.errors import NLARemoteError
 
 from .checkpoints import build_av, vectors
@@ -711,7 +711,7 @@ def test_interrupted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ctrl-C ends at once, and what was finished is in the exception."""
-    from nla_lens.engines import served_verbalizer
+    from nla_lens.engines.served import verbalizer as served_verbalizer
 
     server = serve(engine)
     there = load(server, connections=2, rows_per_request=1)

@@ -10,9 +10,9 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nla_lens import NLA, NLAError
-from nla_lens.cli import cli
-from nla_lens.doctor import doctor, examine
-from nla_lens.engines.served import Server
+from nla_lens.cli.doctor import doctor, examine
+from nla_lens.cli.main import cli
+from nla_lens.engines.served.server import Server
 
 from .model_server import ModelServer
 
@@ -53,7 +53,7 @@ def test_embeddings_that_are_read_otherwise(
     server: ModelServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gemma's factor left out changes the log-probabilities, whatever it does to the tokens."""
-    from nla_lens.engines import prompt_rows
+    from nla_lens.engines.served import prompt_rows
 
     monkeypatch.setattr(prompt_rows, "SCALED", frozenset())
     monkeypatch.setattr(prompt_rows, "PLAIN", frozenset({"gemma3_text"}))

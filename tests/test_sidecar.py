@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from nla_lens import NLAError
-from nla_lens.sidecar import Sidecar, read_sidecar
+from nla_lens.checkpoints.sidecar import Sidecar, read_sidecar
 
 from .checkpoints import ABSENT, AV_TEMPLATE, sidecar, write_sidecar
 from .checkpoints.sidecars import override

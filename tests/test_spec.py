@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from nla_lens import NLA, NLAError, NLAWarning, ResidPost
-from nla_lens.releases import KNOWN_RELEASES, KnownRelease, find_release
-from nla_lens.spec import read_spec
+from nla_lens.checkpoints.releases import KNOWN_RELEASES, KnownRelease, find_release
+from nla_lens.checkpoints.spec import read_spec
 
 from .checkpoints import ABSENT, AR_TEMPLATE, AV_TEMPLATE, reference, write_sidecar
 from .checkpoints.sidecars import override
@@ -60,8 +60,8 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("weights were read before the small files were checked")
 
-    monkeypatch.setattr("nla_lens.loading.load_reconstructor_engine", refuse)
-    monkeypatch.setattr("nla_lens.loading.load_verbalizer_engine", refuse)
+    monkeypatch.setattr("nla_lens.halves.loading.load_reconstructor_engine", refuse)
+    monkeypatch.setattr("nla_lens.halves.loading.load_verbalizer_engine", refuse)
 
 
 # --- accepted: (rule, changes, from_pretrained's arguments, the spec, its origins) ---------------
@@ -253,11 +253,11 @@ def test_accepted(make, name: str) -> None:
 
 def load_spec(halves: Halves, options: dict):
     """The spec, and the prompts checked, as `from_pretrained` does before weights are read."""
-    from nla_lens.checkpoint import open_checkpoint
-    from nla_lens.hf import load_tokenizer
-    from nla_lens.reconstructor import check_prompt
-    from nla_lens.spec import build_spec
-    from nla_lens.verbalizer import canonical_prompt
+    from nla_lens.checkpoints.chat import canonical_prompt
+    from nla_lens.checkpoints.files import open_checkpoint
+    from nla_lens.checkpoints.spec import build_spec
+    from nla_lens.halves.reconstructor import check_prompt
+    from nla_lens.models.weights import load_tokenizer
 
     spec = build_spec(open_checkpoint(halves.av), open_checkpoint(halves.ar), **options)
     canonical_prompt(spec, load_tokenizer(halves.av))
@@ -615,7 +615,7 @@ def released(make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             "var_nrm": 0.4,
         }
         monkeypatch.setattr(
-            "nla_lens.releases.KNOWN_RELEASES", (KnownRelease(**(known | changes)),)
+            "nla_lens.checkpoints.releases.KNOWN_RELEASES", (KnownRelease(**(known | changes)),)
         )
         halves = make("norm_matched_add")
         for half in ("av", "ar"):
@@ -728,7 +728,7 @@ def test_a_release_is_found_by_any_of_its_names(name: str) -> None:
 def test_every_release_is_found_on_the_hub_under_its_own_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from nla_lens.checkpoint import find_pair
+    from nla_lens.checkpoints.files import find_pair
 
     for release in KNOWN_RELEASES:
         assert find_pair(release.av) == (release.av, None)

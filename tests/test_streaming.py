@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nla_lens import NLA
-from nla_lens.explaining import _SCORED_AT_ONCE
+from nla_lens.halves.explaining import _SCORED_AT_ONCE
 
 from .scripted import ScriptedReconstructor, ScriptedVerbalizer, ids_of, with_engines
 

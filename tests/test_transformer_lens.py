@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import nla_lens
 from nla_lens import NLA, NLAError, ResidualTensor
-from nla_lens.residual import PADDING
+from nla_lens.stream.residual import PADDING
 
 from .checkpoints import build_source
 from .hooked_transformer import hooked_transformer

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nla_lens import NLAError, ResidualTensor
-from nla_lens.residual import Origin, locate
-from nla_lens.vectors import check_vectors
+from nla_lens.stream.residual import Origin, locate
+from nla_lens.stream.vectors import check_vectors
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nla_lens import NLA, NLAError
-from nla_lens.engines.transformers import TransformersVerbalizer
-from nla_lens.sampling import Sampler
+from nla_lens.engines.local.sampling import Sampler
+from nla_lens.engines.local.transformers import TransformersVerbalizer
 
 from .checkpoints import FAMILIES, build_av, build_pair, reference, vectors
 from .scripted import EOS, ids_of, scripted
@@ -108,7 +108,7 @@ def test_norm_matched_add_acts_on_the_output_of_block_1(load_pair, expected, fam
 
 
 def first_block(nla: NLA, every: bool = False):
-    from nla_lens.anatomy import text_model
+    from nla_lens.models.anatomy import text_model
 
     layers = text_model(nla.verbalizer.engine.model).layers
     return layers if every else layers[0]

@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging
 
 import nla_lens
-from nla_lens.display import to_table
+from nla_lens.results.display import to_table
 
 SENTENCES = (
     "Nora lives in Naples. The fox chased the dog out of the kennel.",

@@ -12,9 +12,10 @@ from typing import Any, Final, Protocol
 
 from torch import Tensor
 
-from nla_lens.checkpoint import Checkpoint
+from nla_lens.checkpoints.files import Checkpoint
+from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.errors import NLAError
-from nla_lens.spec import NLASpec
+from nla_lens.models.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -71,24 +72,13 @@ class ReconstructorEngine(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Placement:
-    """The caller's wishes about how weights are loaded; passed on to the engine."""
-
-    dtype: Any = None
-    device: Any = None
-    device_map: Any = None
-    quantization_config: Any = None
-    trust_remote_code: bool = False
-
-
 _ENGINES: Final = {
-    "transformers": "nla_lens.engines.transformers",
-    "transformer_lens": "nla_lens.engines.transformer_lens",
-    "nnsight": "nla_lens.engines.nnsight",
-    "ndif": "nla_lens.engines.ndif",
-    "vllm": "nla_lens.engines.vllm",
-    "sglang": "nla_lens.engines.sglang",
+    "transformers": "nla_lens.engines.local.transformers",
+    "transformer_lens": "nla_lens.engines.local.transformer_lens",
+    "nnsight": "nla_lens.engines.local.nnsight",
+    "ndif": "nla_lens.engines.ndif.engine",
+    "vllm": "nla_lens.engines.served.vllm",
+    "sglang": "nla_lens.engines.served.sglang",
 }
 _SERVED: Final = ("vllm", "sglang")
 _ROLES: Final = ("av", "ar", "source")

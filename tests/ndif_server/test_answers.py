@@ -16,8 +16,8 @@ from nnsight.schema.config import CONFIG
 
 import nla_lens
 from nla_lens import NLA
-from nla_lens.doctor import examine
-from nla_lens.hf import load_tokenizer
+from nla_lens.cli.doctor import examine
+from nla_lens.models.weights import load_tokenizer
 from tests.checkpoints import EXPLANATIONS
 
 from .conftest import REPO, REVISION, ids, many, settings

@@ -20,7 +20,7 @@ import pytest
 from nnsight.schema.config import CONFIG
 
 from nla_lens import NLA
-from nla_lens.engines.ndif_backend import NDIFBackend
+from nla_lens.engines.ndif.backend import NDIFBackend
 from nla_lens.errors import NLARemoteError
 from tests.checkpoints import build_av
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nla_lens import NLA, NLAError
-from nla_lens.doctor import examine
-from nla_lens.engines.served import Server as Address
+from nla_lens.cli.doctor import examine
+from nla_lens.engines.served.server import Server as Address
 from nla_lens.errors import NLARemoteError
 from tests.checkpoints import reference
 

@@ -1,0 +1,144 @@
+"""A dictionary's files, and how tensors of any naming and orientation become a `Dictionary`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nla_lens.adapters.dictionaries.dictionary import Dictionary, DictionaryConfig, Matrix
+from nla_lens.adapters.dictionaries.stored_tensors import StoredTensor, open_tensors
+from nla_lens.checks import is_int
+from nla_lens.errors import NLAError
+
+
+class UnsupportedDictionaryError(NLAError):
+    """A dictionary of a known format that does something this package does not do."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """A dictionary's files.
+
+    Attributes:
+        folder: Where they are.
+        name: What the caller or the hub calls it; layers are named in it.
+        weights: The file with the tensors.
+        config: The parsed JSON beside it; empty where there is none.
+    """
+
+    folder: Path
+    name: str
+    weights: Path
+    config: Mapping[str, Any]
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """The tensors by name."""
+        return open_tensors(self.weights)
+
+
+def build(
+    files: Files,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    enc: tuple[str, bool],
+    dec: tuple[str, bool],
+    vectors: Mapping[str, str],
+    latents_by: str = "b_enc",
+    d_in: Any = None,
+    d_sae: Any = None,
+    **cfg: Any,
+) -> Dictionary:
+    """Puts a dictionary together; orientation is told by the biases, never by which side is longer.
+
+    Args:
+        files: Its files.
+        tensors: Its tensors by name.
+        enc: Name of the encoder matrix, and whether its format has latents first.
+        dec: The same for the decoder.
+        vectors: Names of the one-dimensional tensors by SAELens name.
+        latents_by: The SAELens name of the one that has an entry per latent.
+        d_in: Width as the config says it, where it does.
+        d_sae: Number of latents as the config says it, where it does.
+        **cfg: Further fields of `DictionaryConfig`.
+
+    Raises:
+        NLAError: A tensor is missing or has another shape.
+    """
+    width = only(files, tensors, vectors["b_dec"]).shape[0] if d_in is None else d_in
+    n_latents = only(files, tensors, vectors[latents_by]).shape[0] if d_sae is None else d_sae
+    if not (is_int(width) and is_int(n_latents) and width > 0 and n_latents > 0):
+        raise NLAError(f"{files.folder} has d_in={width!r} and d_sae={n_latents!r} in its config")
+    found: dict[str, Tensor] = {}
+    for name, stored_name in vectors.items():
+        stored = only(files, tensors, stored_name)
+        length = width if name == "b_dec" else n_latents
+        # BatchTopK keeps one threshold for all latents.
+        if name == "threshold" and stored.shape in ((), (1,)):
+            found[name] = stored.whole().reshape(()).expand(length)
+            continue
+        if stored.shape != (length,):
+            raise NLAError(
+                f"{stored_name} in {stored.path} has shape {list(stored.shape)}, expected "
+                f"[{length}] for {n_latents} latents of width {width}"
+            )
+        found[name] = stored.whole()
+    config = DictionaryConfig(d_in=width, d_sae=n_latents, **cfg)
+    return Dictionary(
+        config,
+        Matrix(only(files, tensors, enc[0]), enc[1]),
+        Matrix(only(files, tensors, dec[0]), dec[1]),
+        found,
+    )
+
+
+def only(files: Files, tensors: Mapping[str, StoredTensor], name: str) -> StoredTensor:
+    """One tensor, floating point and with as many axes as its name says.
+
+    Raises:
+        NLAError: It is missing, or something else.
+    """
+    if name not in tensors:
+        raise NLAError(f"{files.weights} has no {name}; found {sorted(tensors)[:8]}")
+    tensor = tensors[name]
+    if not tensor.dtype.is_floating_point:
+        raise NLAError(f"{name} in {files.weights} is {tensor.dtype}, expected floating point")
+    is_matrix = name.endswith(("weight", "enc", "dec")) and not name.startswith("b_")
+    expected = 2 if is_matrix else 1
+    if len(tensor.shape) != expected and not (expected == 1 and not tensor.shape):
+        raise NLAError(
+            f"{name} in {files.weights} has shape {list(tensor.shape)}, expected {expected} axes"
+        )
+    return tensor
+
+
+def find_block(files: Files, pattern: str) -> int | None:
+    """The block that a file's or folder's name speaks of; the pattern's one group."""
+    for text in (files.weights.name, files.folder.name, files.name):
+        match = re.search(pattern, text)
+        if match:
+            return int(match[1])
+    return None
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON object; empty where there is no such file.
+
+    Raises:
+        NLAError: Unreadable, or no object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise NLAError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, Mapping):
+        raise NLAError(f"{path} must hold an object, found {type(found).__name__}")
+    return found

@@ -1,0 +1,1 @@
+"""What a checkpoint is and says: its files, its sidecar, the known releases, its prompt."""

@@ -1,0 +1,43 @@
+"""A verbalizer's prompt: the sidecar's template in the tokenizer's chat format, and its marker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nla_lens.checkpoints.spec import NLASpec
+from nla_lens.checks import naming
+from nla_lens.errors import NLAError
+from nla_lens.models.tokens import render_chat
+from nla_lens.stream.injection import fill, find_marker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt with its one injection site."""
+
+    ids: tuple[int, ...]
+    marker: int
+
+
+def canonical_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The sidecar's prompt, checked against the live tokenizer.
+
+    Raises:
+        NLAError: The marker is not one token or not the sidecar's, or its neighbours differ.
+    """
+    marker_ids = tokenizer.encode(spec.injection_char, add_special_tokens=False)
+    if marker_ids != [spec.injection_token_id]:
+        raise NLAError(
+            f"tokens.injection_token_id: the marker {spec.injection_char!r} is {marker_ids} for "
+            f"this tokenizer, the sidecar says [{spec.injection_token_id}]: it must be that one "
+            "token; the tokenizer is not the verbalizer's own"
+        )
+    with naming("prompt_templates.av"):
+        content = fill(spec.av_template, "{injection_char}", spec.injection_char)
+    ids = render_chat(tokenizer, content)
+    sides = (spec.injection_left_neighbor_id, spec.injection_right_neighbor_id)
+    return Prompt(tuple(ids), find_marker(ids, spec.injection_token_id, *sides))

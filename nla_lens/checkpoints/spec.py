@@ -1,0 +1,261 @@
+"""What an NLA is, put together from its sidecars, configs, the known releases and the caller.
+
+Order of trust: caller, sidecar, config.json, known release. Sidecar and config may not contradict
+each other; the injection rule is never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nla_lens.checkpoints.files import Checkpoint, name_halves, open_checkpoint
+from nla_lens.checkpoints.releases import RULES, TINY_DIR, TINY_SOURCE_NAME, KnownRelease, Rule
+from nla_lens.checkpoints.sidecar import SCALES, Sidecar
+from nla_lens.checkpoints.statements import Sources, compare, find_known
+from nla_lens.checks import is_number
+from nla_lens.errors import NLAError, NLAWarning
+from nla_lens.stream.hook_point import ResidPost
+
+DEFAULT_MIN_POSITION = 10
+"""Released NLAs were trained on positions from 50 on and decode poorly before about 10."""
+
+
+@dataclass(frozen=True)
+class NLASpec:
+    """All that is known of a loaded NLA.
+
+    Attributes:
+        d_model: Width of the residual stream.
+        layer: K: the NLA reads the output of decoder block K (from 0); None if nobody says.
+        source_model: Hub name or directory of the model that is read.
+        injection: `replace` or `norm_matched_add`.
+        injection_scale: L2 norm a vector is given before it replaces an embedding; None for the
+            other rule.
+        mse_scale: L2 norm both sides are given before they are compared; None compares raw.
+        var_nrm: Variance of the normalised training vectors, the baseline of `fve_nrm`.
+        min_position: Vectors from earlier positions are flagged `early_position`.
+        injection_char: The marker whose place in the prompt the vector takes.
+        injection_token_id: Its token id.
+        injection_left_neighbor_id: Token id before the marker in the canonical prompt.
+        injection_right_neighbor_id: Token id after it.
+        critic_suffix_ids: Last ids of every tokenized reconstructor prompt.
+        av_template: The verbalizer's user turn, with `{injection_char}`.
+        ar_template: The reconstructor's prompt, with `{explanation}`.
+        origins: Where each value came from: `sidecar`, `config`, `known release`, `caller`,
+            `default`.
+    """
+
+    d_model: int
+    layer: int | None
+    source_model: str | None
+    injection: Rule
+    injection_scale: float | None
+    mse_scale: float | None
+    var_nrm: float | None
+    min_position: int
+    injection_char: str
+    injection_token_id: int
+    injection_left_neighbor_id: int | None
+    injection_right_neighbor_id: int | None
+    critic_suffix_ids: tuple[int, ...] | None
+    av_template: str
+    ar_template: str | None
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def place(self) -> ResidPost | None:
+        """The layer as a place in the residual stream."""
+        return None if self.layer is None else ResidPost(self.layer)
+
+    @property
+    def hook_name(self) -> str | None:
+        """`blocks.K.hook_resid_post`."""
+        return None if self.place is None else self.place.name
+
+    @property
+    def usual_norm(self) -> float | None:
+        """Typical ||v||; `injection_scale` was chosen as the mean residual norm."""
+        return self.injection_scale
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(name, value, origin) of every field, for tables."""
+        values = [
+            (f.name, repr(getattr(self, f.name)), self.origins.get(f.name, ""))
+            for f in fields(self)
+            if f.name != "origins"
+        ]
+        at = next(i for i, row in enumerate(values) if row[0] == "layer") + 1
+        return [*values[:at], ("hook_name", repr(self.hook_name), "layer"), *values[at:]]
+
+
+def build_spec(
+    av: Checkpoint,
+    ar: Checkpoint | None,
+    *,
+    injection: str | None = None,
+    injection_scale: float | None = None,
+    layer: int | None = None,
+) -> NLASpec:
+    """Merges what is known of a pair; the last three are the caller's own word.
+
+    Raises:
+        NLAError: Something needed is missing, or two sources contradict each other; names both.
+    """
+    av.check_role("av")
+    if ar is not None:
+        ar.check_role("ar")
+    release = find_known(av, ar)
+    sources = Sources(av, ar, release)
+    d_model = sources.d_model()
+    origins: dict[str, str] = {"d_model": sources.d_model_origin}
+    values: dict[str, Any] = {"d_model": d_model}
+
+    def settle(name: str, *candidates: tuple[str, Any], need: str = "") -> Any:
+        """Takes the first candidate that says something."""
+        for origin, value in candidates:
+            if value is not None:
+                values[name], origins[name] = value, origin
+                return value
+        if need:
+            raise NLAError(f"{av.name}: {name} is not known: {need}")
+        values[name] = None
+        return None
+
+    side, ar_side = av.sidecar, ar.sidecar if ar else None
+    said_layer = sources.layer(layer)
+    settle(
+        "layer", ("caller" if layer is not None else "sidecar", said_layer), sources.known("layer")
+    )
+    source = settle("source_model", ("sidecar", side.source_model), sources.known("source_model"))
+    if source == TINY_SOURCE_NAME:
+        values["source_model"] = str(TINY_DIR / "source")
+    rule = _settle_rule(injection, side, release, values, origins, av.name)
+    _settle_scale(rule, injection_scale, side, sources, settle)
+    _settle_mse_scale(d_model, side, ar_side, values, origins)
+    settle(
+        "var_nrm",
+        ("sidecar", ar_side.var_nrm if ar_side else None),
+        ("sidecar", side.var_nrm),
+        sources.known("var_nrm"),
+    )
+    if release and release.var_nrm_is_estimate and origins.get("var_nrm") == "known release":
+        origins["var_nrm"] = "known release (an estimate)"
+    settle("min_position", ("sidecar", side.min_position), ("default", DEFAULT_MIN_POSITION))
+    _settle_tokens(side, ar_side, settle)
+    if release is not None:
+        compare(values, origins, release, side)
+    return NLASpec(**values, origins=origins)
+
+
+def read_spec(
+    name: str | Path | None = None,
+    *,
+    av: str | Path | None = None,
+    ar: str | Path | None = None,
+    revision: str | None = None,
+    injection: str | None = None,
+    injection_scale: float | None = None,
+    layer: int | None = None,
+) -> NLASpec:
+    """What a checkpoint says of itself, without its weights.
+
+    Raises:
+        NLAError: Not an NLA, incomplete or contradictory, as far as the small files tell.
+    """
+    found_av, found_ar = name_halves(name, av, ar)
+    return build_spec(
+        open_checkpoint(found_av, revision=revision, weights=False),
+        None if found_ar is None else open_checkpoint(found_ar, revision=revision, weights=False),
+        injection=injection,
+        injection_scale=injection_scale,
+        layer=layer,
+    )
+
+
+def _settle_tokens(side: Sidecar, ar_side: Sidecar | None, settle: Any) -> None:
+    where = f"it must stand in {side.path}"
+    settle("injection_char", ("sidecar", side.injection_char), need=where)
+    settle("injection_token_id", ("sidecar", side.injection_token_id), need=where)
+    settle("injection_left_neighbor_id", ("sidecar", side.left_id))
+    settle("injection_right_neighbor_id", ("sidecar", side.right_id))
+    settle("av_template", ("sidecar", side.av_template), need=where)
+    # An AV's sidecar may hold the AR's template, too; the AR's own comes first.
+    own = ar_side.ar_template if ar_side else None
+    settle("ar_template", ("sidecar", own), ("sidecar", side.ar_template))
+    settle("critic_suffix_ids", ("sidecar", (ar_side or side).critic_suffix_ids))
+
+
+def _settle_rule(
+    injection: str | None,
+    side: Sidecar,
+    release: KnownRelease | None,
+    values: dict[str, Any],
+    origins: dict[str, str],
+    name: str,
+) -> Rule:
+    """The rule: from the caller, the sidecar (a scale is used by `replace` alone), or the table."""
+    if injection is not None and injection not in RULES:
+        raise NLAError(f"injection={injection!r} is not a known rule; known are {list(RULES)}")
+    stated = side.injection_rule
+    if stated is None and side.kind == "nla_model" and side.injection_scale is not None:
+        stated = "replace"
+    if injection is not None:
+        if stated is not None and injection != stated:
+            warnings.warn(
+                f"injection={injection!r} was asked for, but {side.path} means {stated!r}: the "
+                "verbalizer will read vectors in a way it was not trained with",
+                NLAWarning,
+                stacklevel=5,
+            )
+        rule, origin = injection, "caller"
+    elif stated is not None:
+        rule, origin = stated, "sidecar"
+    elif release is not None:
+        rule, origin = release.injection, "known release"
+    else:
+        raise NLAError(
+            f"{name}: nothing says how vectors are injected (no injection_scale in {side.path}, "
+            f'and not a known release); pass injection="replace" or injection="norm_matched_add"'
+        )
+    values["injection"], origins["injection"] = rule, origin
+    return rule
+
+
+def _settle_scale(
+    rule: Rule, asked: float | None, side: Sidecar, sources: Sources, settle: Any
+) -> None:
+    if rule == "norm_matched_add":
+        if asked is not None:
+            raise NLAError(f"injection_scale={asked!r}: norm_matched_add uses none; leave it out")
+        settle("injection_scale")
+        return
+    least, most = SCALES
+    if asked is not None and not (is_number(asked) and least <= asked <= most):
+        raise NLAError(f"injection_scale={asked!r} must be a positive norm")
+    settle(
+        "injection_scale",
+        ("caller", asked),
+        ("sidecar", side.injection_scale),
+        sources.known("injection_scale"),
+        need=f"the rule `replace` needs it and {side.path} has none; pass injection_scale=",
+    )
+
+
+def _settle_mse_scale(
+    d_model: int,
+    side: Sidecar,
+    ar_side: Sidecar | None,
+    values: dict[str, Any],
+    origins: dict[str, str],
+) -> None:
+    """The AR's word before the AV's; an absent key means sqrt(d), an explicit null means raw."""
+    for sidecar in filter(None, (ar_side, side)):
+        if sidecar.mse_scale_given and (sidecar is ar_side or sidecar.mse_scale is not None):
+            values["mse_scale"], origins["mse_scale"] = sidecar.mse_scale, "sidecar"
+            return
+    values["mse_scale"], origins["mse_scale"] = math.sqrt(d_model), "default"

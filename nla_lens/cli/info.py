@@ -1,0 +1,48 @@
+"""`nla-lens info CHECKPOINT`: what it is, and where each value comes from."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from nla_lens.cli.options import spec_options
+from nla_lens.cli.output import print_table
+
+if TYPE_CHECKING:
+    from nla_lens.checkpoints.spec import NLASpec
+
+
+@click.command()
+@click.argument("checkpoint", default="tiny")
+@click.option("--ar", help="Reconstructor, where CHECKPOINT is a verbalizer alone.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@spec_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no table.")
+def info(checkpoint: str, as_json: bool, **options: Any) -> None:
+    """Say what CHECKPOINT is, and where each value comes from; loads no weights."""
+    from nla_lens.checkpoints.spec import read_spec
+
+    spec = read_spec(checkpoint, **options)
+    if as_json:
+        rows = {name: (getattr(spec, name), origin) for name, _, origin in spec.rows()}
+        described = {
+            name: {"value": value, "from": origin} for name, (value, origin) in rows.items()
+        }
+        click.echo(json.dumps(described))
+    else:
+        print_table(spec_table(spec, title=checkpoint))
+
+
+def spec_table(spec: NLASpec, *, title: str) -> Table:
+    """What was loaded and where each value came from."""
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    table.add_column("field", style="bold cyan")
+    table.add_column("value", overflow="fold")
+    table.add_column("from", style="dim")
+    for name, value, origin in spec.rows():
+        table.add_row(name, Text(value), origin)
+    return table

@@ -1,0 +1,93 @@
+"""Options that commands share: which NLA, and how it is loaded. For commands of adapters, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from nla_lens.errors import NLAError
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_HALVES = [
+    click.option(
+        "--nla",
+        "name",
+        help="Embedded pair, pair's stem on the hub or on disk, or a verbalizer; default: tiny.",
+    ),
+    click.option("--av", help="Verbalizer: directory or hub repository, instead of --nla."),
+    click.option("--ar", help="Reconstructor: directory or hub repository."),
+]
+_SPEC = [
+    click.option(
+        "--injection",
+        type=click.Choice(["replace", "norm_matched_add"]),
+        help="The rule, where neither sidecar nor known release says it.",
+    ),
+    click.option("--injection-scale", type=float, help="The norm vectors are injected at."),
+    click.option("--layer", type=int, help="K, where neither sidecar nor known release says it."),
+]
+_LOADING = [
+    click.option("--dtype", help="float32, bfloat16 or float16; default: what config.json says."),
+    click.option("--device", help="cpu, cuda, cuda:1, mps; default: cpu."),
+    click.option("--device-map", help='"auto" spreads a large model over the devices there are.'),
+    click.option("--revision", help="Branch, tag or commit on the hub."),
+    *_SPEC,
+    click.option(
+        "--engine",
+        default="transformers",
+        show_default=True,
+        help="Where the halves run: transformers, transformer_lens, nnsight, ndif, vllm, sglang.",
+    ),
+    click.option("--url", help="The vLLM or SGLang server: http://HOST:PORT."),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code from the checkpoint."),
+]
+
+
+def with_options(options: list[Any]) -> Callable[[_Command], _Command]:
+    """A decorator that gives a command several options, in this order."""
+
+    def add(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+halves_options = with_options(_HALVES)
+"""Which NLA; `load_nla` takes what they give."""
+spec_options = with_options(_SPEC)
+"""What a checkpoint may leave out."""
+loading_options = with_options(_LOADING)
+"""How it is loaded."""
+
+
+def load_nla(*, name: str | None, av: str | None, **options: Any) -> Any:
+    """The NLA that the options of `halves_options` and `loading_options` name."""
+    from nla_lens.nla import NLA
+
+    if name is None and av is None:
+        name = "tiny"
+    return NLA.from_pretrained(name, av=av, **options)
+
+
+def parse_positions(positions: str | None) -> list[int] | slice | None:
+    """Reads "3", "-1", "0,5,-2" or "2:8".
+
+    Raises:
+        NLAError: Something else.
+    """
+    if positions is None:
+        return None
+    try:
+        if ":" in positions:
+            parts = [int(p) if p.strip() else None for p in positions.split(":")]
+            if len(parts) <= 3:
+                return slice(*parts)
+        return [int(p) for p in positions.split(",")]
+    except ValueError:
+        pass
+    raise NLAError(f'--positions {positions!r} is not of the form "3", "-1", "0,5,-2" or "2:8"')

@@ -1,0 +1,48 @@
+"""What commands print: findings, tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tested.
+
+    Attributes:
+        name: What was tested.
+        passed: Whether it held; None for what is measured and not judged.
+        detail: What was found.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+_MARKS = {True: ("ok  ", "green"), False: ("FAIL", "red"), None: ("    ", None)}
+
+
+def print_findings(findings: Iterable[Finding]) -> bool:
+    """Prints findings as they come; says whether none of them failed."""
+    passed = True
+    for finding in findings:
+        mark, colour = _MARKS[finding.passed]
+        click.echo(f"{click.style(mark, fg=colour)} {finding.name}: {finding.detail}")
+        passed &= finding.passed is not False
+    return passed
+
+
+def print_table(table: Any) -> None:
+    """Prints a rich table, as wide as the terminal."""
+    console = Console()
+    # Piped into a file there is no width to fit: use a fixed one that keeps rows readable.
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=120)
+    console.print(table)

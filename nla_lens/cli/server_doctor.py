@@ -1,0 +1,131 @@
+"""Would it run on a vLLM or SGLang server? `nla-lens doctor --engine vllm --url URL CHECKPOINT`.
+
+What loading checks is done one by one and told; beyond that the server is asked to read the prompt
+twice, as ids and as embeddings. Where both are the same to it, what is sent is what enters its
+block 0: a token more or less, or Gemma's factor, would show in the log-probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from nla_lens.checkpoints.chat import Prompt, canonical_prompt
+from nla_lens.checkpoints.files import name_halves
+from nla_lens.checkpoints.spec import NLASpec, read_spec
+from nla_lens.cli.output import Finding
+from nla_lens.engines import Job
+from nla_lens.engines.served.channel import Channel
+from nla_lens.engines.served.prompt_rows import open_small
+from nla_lens.engines.served.server import Server
+from nla_lens.engines.served.verbalizer import ServedVerbalizer
+from nla_lens.errors import NLAError
+from nla_lens.models.placement import Placement
+from nla_lens.models.weights import load_tokenizer
+
+_N_TOKENS: Final = 4
+_SAME: Final = 1e-3
+"""Log-probabilities: both readings are one computation, but may fall into different batches."""
+_Reading = tuple[list[int], list[float]]
+
+
+def examine_server(
+    checkpoint: str, *, engine: str, url: str | Server | None, **options: Any
+) -> Iterator[Finding]:
+    """What stands between a verbalizer and a server that reads prompt embeddings.
+
+    Args:
+        checkpoint: As in `NLA.from_pretrained`.
+        engine: "vllm" or "sglang".
+        url: Where the server is.
+        **options: `revision` and `injection`, as in `NLA.from_pretrained`.
+
+    Yields:
+        Findings, as they are found; none after the server turned out not to do.
+
+    Raises:
+        NLAError: No such checkpoint, or no address.
+    """
+    server = Server.of(url, engine)
+    spec = read_spec(checkpoint, **options)
+    return _examine(checkpoint, spec, engine, server, options.get("revision"))
+
+
+def _examine(
+    name: str, spec: NLASpec, engine: str, server: Server, revision: str | None
+) -> Iterator[Finding]:
+    from nla_lens.engines import load_verbalizer_engine
+
+    av = open_small(name_halves(name, None, None)[0], revision=revision)
+    tokenizer = load_tokenizer(av.path)
+    prompt = canonical_prompt(spec, tokenizer)
+    try:
+        loaded: Any = load_verbalizer_engine(engine, av, spec, Placement(), server)
+    except NLAError as error:
+        yield Finding("the server can run it", False, str(error))
+        return
+    longest, n_tokens = loaded.served.max_len, len(prompt.ids)
+    yield Finding("the server can run it", True, f"{loaded.served.name} at {server.url}")
+    yield _length(longest, n_tokens)
+    yield _tokens(server, loaded.served.name, tokenizer, prompt)
+    yield _embeddings(loaded, prompt)
+
+
+def _length(longest: int | None, n_tokens: int) -> Finding:
+    if longest is None:
+        return Finding("context length", None, "the server does not say")
+    left = longest - n_tokens
+    detail = f"{longest} tokens: the prompt's {n_tokens}, and {left} for an answer"
+    return Finding(
+        "context length", left >= 200, detail + ("" if left >= 200 else "; 200 are usual")
+    )
+
+
+def _tokens(server: Server, model: str, tokenizer: Any, prompt: Prompt) -> Finding:
+    """Whether the server's tokenizer agrees; it is not used, but shows another model."""
+    name, text = "its tokenizer", tokenizer.decode(list(prompt.ids))
+    here = tokenizer(text, add_special_tokens=False)["input_ids"]
+    body = {"model": model, "prompt": text, "add_special_tokens": False}
+    try:
+        with Channel(server.hurried()) as channel:
+            answer = channel.post("/tokenize", body).result()
+    except NLAError:
+        return Finding(name, None, "the server does not tell")
+    there = answer.get("tokens") if isinstance(answer, Mapping) else None
+    equal = there == list(here)
+    return Finding(name, equal, "the same" if equal else "another one: is it another model?")
+
+
+def _embeddings(engine: ServedVerbalizer, prompt: Prompt) -> Finding:
+    name = "embeddings are read as they are sent"
+    try:
+        by_ids, by_embeds = _readings(engine, prompt)
+    except (NLAError, LookupError, TypeError, ValueError) as error:
+        return Finding(name, None, f"could not be compared ({' '.join(str(error).split())[:200]})")
+    apart = [abs(a - b) for a, b in zip(by_ids[1], by_embeds[1], strict=True)]
+    if by_ids[0] == by_embeds[0] and max(apart, default=1.0) <= _SAME:
+        detail = f"log-probabilities of {len(apart)} tokens differ by {max(apart):.1e} at most"
+        return Finding(name, True, detail)
+    return Finding(
+        name,
+        False,
+        "the prompt sent as embeddings is not what it is as ids: another checkpoint, another dtype "
+        "(url=Server(URL, dtype=...)), or a server that does something else with embeddings",
+    )
+
+
+def _readings(engine: ServedVerbalizer, prompt: Prompt) -> tuple[_Reading, _Reading]:
+    """Ids and log-probabilities of the first tokens after the prompt, as ids and as embeddings."""
+    embed_TD = engine.embed(prompt.ids)
+    job = Job(prompt.ids, prompt.marker, embed_TD[prompt.marker][None], _N_TOKENS, lambda _: False)
+    with Channel(engine.server.hurried(), engine.tell) as channel:
+        found = [
+            channel.post(engine.path, body).result()
+            for body in engine.comparable(embed_TD[None], job)
+        ]
+    as_ids, as_embeds = (_reading(engine.log_probs(answer)) for answer in found)
+    return as_ids, as_embeds
+
+
+def _reading(pairs: Sequence[tuple[Any, Any]]) -> _Reading:
+    return [int(token) for token, _ in pairs], [float(logprob) for _, logprob in pairs]

@@ -1,0 +1,1 @@
+"""Engines in this process: transformers, TransformerLens, nnsight, and their decoding."""

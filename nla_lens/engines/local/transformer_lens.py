@@ -1,0 +1,177 @@
+"""Both halves as TransformerBridge models; the injection is a function on a HookPoint.
+
+`replace` acts on `embed.hook_out` (alias `hook_embed`), `norm_matched_add` on
+`blocks.1.hook_resid_post`. For those who want their own hooks on the verbalizer while it reads:
+`nla.verbalizer.engine.bridge` is a TransformerBridge like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from nla_lens.checkpoints.files import Checkpoint
+from nla_lens.checkpoints.spec import NLASpec
+from nla_lens.engines.local.decoding import LocalVerbalizer
+from nla_lens.engines.local.transformers import adapter_blocks
+from nla_lens.errors import NLAError
+from nla_lens.models.anatomy import text_model
+from nla_lens.models.batching import length_batches
+from nla_lens.models.placement import Placement
+from nla_lens.models.tokens import find_eos_ids
+from nla_lens.models.weights import load_backbone, load_causal_lm
+from nla_lens.stream.hook_point import ResidPost
+from nla_lens.stream.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace
+
+_INJECTION: Final = {
+    "replace": ("hook_embed", replace),
+    "norm_matched_add": (NORM_MATCHED_ADD_AT.name, norm_matched_add),
+}
+
+
+def load_verbalizer(
+    checkpoint: Checkpoint, spec: NLASpec, placement: Placement
+) -> TransformerLensVerbalizer:
+    """The AV of a checkpoint directory as a bridge."""
+    model = load_causal_lm(checkpoint.path, **vars(placement))
+    eos_ids = find_eos_ids(model)
+    text_lm = as_text_lm(text_model(model), model.get_output_embeddings())
+    return TransformerLensVerbalizer(to_bridge(text_lm, checkpoint), spec, eos_ids)
+
+
+def load_reconstructor(
+    checkpoint: Checkpoint, spec: NLASpec, placement: Placement
+) -> TransformerLensReconstructor:
+    """The truncated backbone of an AR directory as a bridge."""
+    n_blocks = adapter_blocks(checkpoint, spec)
+    stack = text_model(load_backbone(checkpoint.path, n_blocks=n_blocks, **vars(placement)))
+    return TransformerLensReconstructor(to_bridge(as_text_lm(stack), checkpoint))
+
+
+class TransformerLensVerbalizer(LocalVerbalizer):
+    """An AV as a TransformerBridge.
+
+    Attributes:
+        bridge: The bridge.
+        eos_ids: See `VerbalizerEngine`.
+    """
+
+    def __init__(self, bridge: Any, spec: NLASpec, eos_ids: frozenset[int]) -> None:
+        """Raises:
+        NLAError: The model has no block 1 for `norm_matched_add`.
+        """
+        super().__init__(bridge.original_model, torch.device(bridge.cfg.device), eos_ids)
+        self.bridge = bridge
+        self._hook_name, self._inject = _INJECTION[spec.injection]
+        if self._hook_name not in bridge.hook_dict:
+            raise NLAError(
+                f"{spec.injection} acts at {self._hook_name}; the model has no such hook"
+            )
+
+    @torch.inference_mode()
+    def run(
+        self,
+        ids_BT: Tensor,
+        cache: Any,
+        *,
+        mask_BL: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        injected_BD: Tensor | None = None,
+    ) -> Tensor:
+        """See `decoding.Forward`."""
+
+        def hook(resid_BTD: Tensor, hook: Any) -> Tensor:
+            return self._inject(resid_BTD, injected_BD, 0)  # type: ignore[arg-type]
+
+        masked = {} if mask_BL is None else {"attention_mask": mask_BL.long()}
+        placed = {} if positions_BT is None else {"position_ids": positions_BT}
+        with self.bridge.hooks(fwd_hooks=[] if injected_BD is None else [(self._hook_name, hook)]):
+            logits_BTV, _ = self.bridge(
+                ids_BT,
+                return_type="logits_and_cache",
+                past_key_values=cache,
+                use_cache=True,
+                **masked,
+                **placed,
+            )
+        logits_BV: Tensor = logits_BTV[:, -1].float()
+        return logits_BV
+
+
+class TransformerLensReconstructor:
+    """An AR's backbone as a TransformerBridge, read at its last block's `hook_resid_post`.
+
+    Attributes:
+        bridge: The bridge.
+    """
+
+    def __init__(self, bridge: Any) -> None:
+        self.bridge = bridge
+        self._last = ResidPost(bridge.cfg.n_layers - 1).name
+
+    @torch.inference_mode()
+    def last_resid(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """`[n, d]` float32; only prompts of equal length share a batch, so nothing is padded."""
+        out_ND = torch.empty(len(prompts), self.bridge.cfg.d_model)
+        for rows in length_batches([len(p) for p in prompts], torch.device("cpu")):
+            ids_BT = torch.tensor([list(prompts[r]) for r in rows], device=self.bridge.cfg.device)
+            _, cache = self.bridge.run_with_cache(
+                ids_BT, return_type=None, return_cache_object=False, names_filter=self._last
+            )
+            out_ND[rows] = cache[self._last][:, -1].float().cpu()
+        return out_ND
+
+
+def as_text_lm(stack: Any, lm_head: nn.Module | None = None) -> Any:
+    """A causal LM around a stack of blocks, sharing its weights.
+
+    A multimodal wrapper must not reach TransformerBridge: booting one makes TransformerLens 4.3
+    install torchvision, and with it another torch.
+
+    Args:
+        stack: The text model inside (`text_model`), with or without its final norm.
+        lm_head: The model's own; None ties it to the embedding, for a stack read by hooks alone.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(stack.config, dtype=stack.dtype)
+    if isinstance(stack.norm, nn.Identity):
+        # A bridge wants the norm to be there; nothing is read after it.
+        stack.norm = whole.model.norm.to_empty(device=stack.device)
+        nn.init.ones_(stack.norm.weight)
+    # A wrapper's nested text config names no class, and TransformerBridge goes by the name.
+    whole.config.architectures = [type(whole).__name__]
+    whole.model = stack
+    if lm_head is None:
+        whole.lm_head.weight = stack.get_input_embeddings().weight
+    else:
+        whole.lm_head = lm_head
+    return whole.eval().requires_grad_(False)
+
+
+def to_bridge(text_lm: Any, checkpoint: Checkpoint) -> Any:
+    """Boots a loaded text model.
+
+    Raises:
+        NLAError: transformer_lens is not installed, or has no TransformerBridge.
+    """
+    from nla_lens.models.weights import load_tokenizer
+
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError as error:
+        raise NLAError(
+            "engine='transformer_lens' needs TransformerLens 3.9 or later (TransformerBridge): "
+            "pip install 'transformer-lens>=3.9'"
+        ) from error
+    return TransformerBridge.boot_transformers(
+        str(checkpoint.path),
+        hf_model=text_lm,
+        tokenizer=load_tokenizer(checkpoint.path),
+        dtype=text_lm.dtype,
+        device=text_lm.device,
+    )

@@ -1,0 +1,166 @@
+"""The default engine: both halves in this process, injected by torch forward hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla_lens.checkpoints.files import Checkpoint
+from nla_lens.checkpoints.spec import NLASpec
+from nla_lens.engines.local import shared_prefix
+from nla_lens.engines.local.decoding import LocalVerbalizer
+from nla_lens.errors import NLAError
+from nla_lens.models.anatomy import input_device, text_model
+from nla_lens.models.block_reader import BlockReader
+from nla_lens.models.onednn import ByOneDNN
+from nla_lens.models.placement import Placement
+from nla_lens.models.tokens import find_eos_ids
+from nla_lens.models.weights import load_backbone, load_causal_lm
+from nla_lens.stream.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace
+
+
+def load_verbalizer(
+    checkpoint: Checkpoint, spec: NLASpec, placement: Placement
+) -> TransformersVerbalizer:
+    """The AV of a checkpoint directory."""
+    return TransformersVerbalizer(load_causal_lm(checkpoint.path, **vars(placement)), spec)
+
+
+def load_reconstructor(
+    checkpoint: Checkpoint, spec: NLASpec, placement: Placement
+) -> TransformersReconstructor:
+    """The truncated backbone of an AR directory; an adapter's base is cut after block K."""
+    n_blocks = adapter_blocks(checkpoint, spec)
+    model = load_backbone(checkpoint.path, n_blocks=n_blocks, **vars(placement))
+    return TransformersReconstructor(model)
+
+
+def adapter_blocks(checkpoint: Checkpoint, spec: NLASpec) -> int | None:
+    """Blocks to keep of an AR adapter's base; None for an AR that comes truncated.
+
+    Raises:
+        NLAError: An adapter, and nothing says after which block its base is to be cut.
+    """
+    if not checkpoint.is_adapter:
+        return None
+    if spec.place is None:
+        raise NLAError(
+            f"{checkpoint.name} is an adapter over a whole model, and nothing says which layer to "
+            "read (extraction_layer_index in its sidecar); pass layer="
+        )
+    return spec.place.n_blocks
+
+
+class TransformersVerbalizer(LocalVerbalizer):
+    """An AV as a transformers causal LM.
+
+    Attributes:
+        model: The causal LM, frozen.
+        eos_ids: See `VerbalizerEngine`.
+    """
+
+    def __init__(self, model: Any, spec: NLASpec) -> None:
+        super().__init__(model, input_device(model), find_eos_ids(model))
+        self.model = model
+        self._rule = spec.injection
+        self._place = injection_module(model, spec)
+        self._by_onednn = ByOneDNN(model)
+        self._keeps_shared = shared_prefix.enable(model)
+        self._window = shared_prefix.narrowest_window(model)
+
+    def can_share(self, n_columns: int) -> bool:
+        """See `decoding.Forward`."""
+        return self._keeps_shared and (self._window is None or n_columns <= self._window)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        ids_BT: Tensor,
+        cache: Any,
+        *,
+        mask_BL: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        injected_BD: Tensor | None = None,
+    ) -> Tensor:
+        """See `decoding.Forward`."""
+        with self._injected(injected_BD), self._by_onednn:
+            out = self.model(
+                input_ids=ids_BT,
+                attention_mask=None if mask_BL is None else mask_BL.long(),
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits_BV: Tensor = out.logits[:, -1].float()
+        return logits_BV
+
+    @contextlib.contextmanager
+    def _injected(self, vectors_BD: Tensor | None) -> Iterator[None]:
+        """Injects at the first token while it lasts; other passes are never touched."""
+        if vectors_BD is None:
+            yield
+            return
+        fired: list[nn.Module] = []
+        inject = replace if self._rule == "replace" else norm_matched_add
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            fired.append(module)
+            resid_BTD = output[0] if isinstance(output, tuple) else output
+            injected = inject(resid_BTD, vectors_BD, 0)
+            return (injected, *output[1:]) if isinstance(output, tuple) else injected
+
+        handle = self._place.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if len(fired) != 1:
+            raise NLAError(
+                f"the injection hook on {type(self._place).__name__} fired {len(fired)} times "
+                "instead of once: this model's forward pass is not the one the rule was made for"
+            )
+
+
+class TransformersReconstructor:
+    """An AR's backbone as a transformers model without its final norm.
+
+    Attributes:
+        model: The truncated backbone, frozen.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._reader = BlockReader(model, len(text_model(model).layers) - 1)
+
+    def last_resid(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """`[n, d]` float32; see `nla_lens.models.block_reader` for how few passes that takes."""
+        if not prompts:
+            return torch.empty(0, text_model(self.model).config.hidden_size)
+        last = [[len(prompt) - 1] for prompt in prompts]
+        return torch.cat(self._reader.read(prompts, last)).float().cpu()
+
+    def forget_prefix(self) -> None:
+        """Frees the kept prefix; needed only after the model's weights were changed."""
+        self._reader.forget_prefix()
+
+
+def injection_module(model: Any, spec: NLASpec) -> nn.Module:
+    """The module whose output a vector is put into.
+
+    Raises:
+        NLAError: The model has no block 1 for `norm_matched_add`.
+    """
+    if spec.injection == "replace":
+        embedding: nn.Module = model.get_input_embeddings()
+        return embedding
+    blocks = text_model(model).layers
+    layer = NORM_MATCHED_ADD_AT.layer
+    if len(blocks) <= layer:
+        raise NLAError(f"norm_matched_add acts at the output of block {layer}; the model has fewer")
+    block: nn.Module = blocks[layer]
+    return block

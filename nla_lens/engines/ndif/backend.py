@@ -1,0 +1,287 @@
+"""One job on an NDIF server: sent, waited for with time-outs, counted.
+
+nnsight's own backend waits for ever when a model's process hangs, and draws on the terminal; this
+one does neither, and takes the server and the key from nnsight's configuration like it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import httpx
+import websocket
+from nnsight.intervention.backends.local import LocalSimulationBackend
+from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
+from nnsight.schema.request import RequestModel
+from nnsight.schema.response import Status
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from nla_lens.engines.ndif.errors import SilenceError, StoreError
+from nla_lens.engines.ndif.time_limit import within
+from nla_lens.foreign import scrub
+from nla_lens.progress import show_state
+
+T = TypeVar("T")
+_log = logging.getLogger("nla_lens.remote")
+_TICK: Final = 1.0
+_GATEWAY_ERRORS: Final = (502, 503, 504)
+
+
+@dataclass
+class Patience:
+    """How long to wait, in seconds.
+
+    Attributes:
+        connect: For a connection, tries included.
+        answer: For the server to take a job, its upload included; for it to say how a polled job
+            is doing, tries included; and between two pieces of a result.
+        queued: Without a word while waiting in line, for a model that is being loaded included.
+        running: Without a word while the model runs.
+    """
+
+    connect: float = 10.0
+    answer: float = 120.0
+    queued: float = 1800.0
+    running: float = 300.0
+
+    def after(self, status: Status | None) -> float:
+        """How long without a word after a status."""
+        return self.running if status in (Status.DISPATCHED, Status.RUNNING) else self.queued
+
+
+@dataclass
+class Traffic:
+    """What travelled.
+
+    Attributes:
+        requests: Jobs sent.
+        sent: Bytes of requests.
+        received: Bytes of results.
+    """
+
+    requests: int = 0
+    sent: int = 0
+    received: int = 0
+
+
+class NDIFBackend(RemoteBackend):
+    """A job that is waited for, by websocket or by polling.
+
+    Attributes:
+        patience: How long to wait.
+        traffic: Where bytes are counted.
+        poll_for_result: Submit without a connection and ask for the result: a lost connection then
+            costs nothing.
+    """
+
+    def __init__(
+        self,
+        model_key: str,
+        patience: Patience,
+        traffic: Traffic,
+        *,
+        poll_for_result: bool = False,
+        **options: Any,
+    ) -> None:
+        """Args:
+        model_key: The server's name of the model.
+        patience: How long to wait.
+        traffic: Where bytes are counted.
+        poll_for_result: See above.
+        **options: Those of nnsight's backend.
+        """
+        super().__init__(model_key, **options)
+        self.display.enabled = False
+        self.patience, self.traffic, self.poll_for_result = patience, traffic, poll_for_result
+        self._said: tuple[str, ...] = ()
+
+    def _serialize(self, tracer: Any) -> bytes:
+        blob: bytes = super()._serialize(tracer)
+        self.traffic.requests += 1
+        self.traffic.sent += len(blob)
+        return blob
+
+    def finalize(self, content: bytes) -> Any:
+        """See `RemoteBackend.finalize`."""
+        self.traffic.received += len(content)
+        return super().finalize(content)
+
+    def note(self, response: Any) -> bool:
+        """See `RemoteBackend.note`; states are logged for `nla_lens.remote`, and shown."""
+        said = (response.id, response.status.value, scrub(response.description, self.api_key))
+        # Whoever polls hears the same again and again.
+        if said != self._said:
+            self._said = said
+            _log.info("%s %s %s", *said)
+        # What a running block prints comes as a LOG, and says nothing of the job's state.
+        if response.status != Status.LOG:
+            self.status = response.status
+            show_state(self._state())
+        return super().note(response)
+
+    def _state(self) -> str:
+        return self.status.value.lower() if self.status else "sent"
+
+    def request(self, request: RequestModel, tracer: Any) -> Any:
+        """Sends a job and waits for its result.
+
+        Raises:
+            SilenceError: No word for too long.
+        """
+        blob = self._serialize(tracer)
+        if self.poll_for_result:
+            return self._polled(request, blob)
+        connection, request.session_id = self._again(self._subscribed, self.patience.connect)
+        try:
+            self.send(request, blob)
+            return self._awaited(connection)
+        finally:
+            connection.close()
+
+    def _again(self, step: Callable[[], T], seconds: float) -> T:
+        """Does what is free of cost until it succeeds or time is up."""
+        return Retrying(
+            retry=retry_if_exception(_may_pass),
+            wait=wait_random_exponential(multiplier=0.2, max=3),
+            stop=stop_after_delay(seconds),
+            reraise=True,
+        )(step)
+
+    def _subscribed(self) -> tuple[Any, str]:
+        """A connection, and the server's name for it."""
+        connection = websocket.create_connection(
+            f"{self.ws_host}/subscribe",
+            header={"ndif-api-key": self.api_key} if self.api_key else None,
+            timeout=self.patience.connect,
+        )
+        try:
+            return connection, json.loads(_word(connection))["session_id"]
+        except BaseException:
+            connection.close()
+            raise
+
+    def _post(self, request: RequestModel, blob: bytes) -> Any:
+        """See `RemoteBackend._post`, which waits 600 s for an answer and can be told no less."""
+        post = super()._post
+        # Tried again only where the server cannot have taken the job: see `_may_pass`.
+        return self._again(
+            lambda: within(self.patience.answer, "the request was sent", post, request, blob),
+            self.patience.connect,
+        )
+
+    def _awaited(self, connection: Any) -> Any:
+        connection.settimeout(min(_TICK, self.patience.running, self.patience.queued))
+        heard = time.monotonic()
+        while True:
+            try:
+                message = _word(connection)
+            except websocket.WebSocketTimeoutException:
+                self._check_silence(heard)
+                continue
+            heard = time.monotonic()
+            response = self.parse(message)
+            result = self.handle(response)
+            if response.status == Status.COMPLETED:
+                return result
+
+    def _polled(self, request: RequestModel, blob: bytes) -> Any:
+        response = self._post(request, blob)
+        self.job_id, heard, pause = response.id, time.monotonic(), 0.1
+        self.note(response)
+        while True:
+            last = self.status
+            try:
+                result = self._again(self.poll, self.patience.answer)
+            except httpx.TransportError:
+                # The job goes on, so this is not a server that cannot be reached.
+                raise SilenceError(self._state(), self.patience.answer) from None
+            if result is not None:
+                return result
+            if self.status != last:
+                heard, pause = time.monotonic(), 0.1
+            self._check_silence(heard)
+            time.sleep(pause)
+            pause = min(pause * 1.5, 5.0)
+
+    def poll(self, tracer: Any = None) -> Any:
+        """See `RemoteBackend.poll`, which waits 600 s for an answer and can be told no less."""
+        answer = httpx.get(
+            f"{self.host}/response/{self.job_id}",
+            headers={"ndif-api-key": self.api_key} if self.api_key else None,
+            timeout=min(self.patience.connect, self.patience.answer),
+        )
+        # No state is written down yet.
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            return None
+        if answer.is_client_error:
+            raise RemoteError(f"Failed to ask for a result: {answer.text}")
+        answer.raise_for_status()
+        return self.handle(self.parse(answer.text))
+
+    def download_result(self, url: Any) -> Any:
+        """See `RemoteBackend.download_result`; what is paid for is asked for more than once."""
+        if not isinstance(url, str) or not url:
+            return super().download_result(url)
+        try:
+            content = self._again(lambda: self._fetched(url), self.patience.connect)
+        except httpx.HTTPError as error:
+            raise StoreError(str(error)) from error
+        return self.finalize(content)
+
+    def _fetched(self, url: str) -> bytes:
+        timeout = httpx.Timeout(self.patience.connect, read=self.patience.answer)
+        answer = httpx.get(url, timeout=timeout)
+        answer.raise_for_status()
+        return answer.content
+
+    def _check_silence(self, heard: float) -> None:
+        """Also lets a bar's clock go on."""
+        show_state(self._state())
+        limit = self.patience.after(self.status)
+        if time.monotonic() - heard > limit:
+            raise SilenceError(self._state(), limit)
+
+
+def _word(connection: Any) -> Any:
+    """What the server says next; a polite goodbye is as final as a cut line."""
+    message = connection.recv()
+    if not message:
+        raise websocket.WebSocketConnectionClosedException("the server closed the connection")
+    return message
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether it may pass by itself, and trying again costs nothing.
+
+    A job is never sent again once the server may have taken it.
+    """
+    if isinstance(error, RemoteError):
+        # From the submission: there was no connection, or ndif refused before looking at the job.
+        refused = isinstance(error.__cause__, (httpx.ConnectError, httpx.ConnectTimeout))
+        return refused or "compute backend is reconnecting" in str(error)
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in _GATEWAY_ERRORS
+    free = (ConnectionError, TimeoutError, httpx.TransportError, websocket.WebSocketException)
+    return isinstance(error, free)
+
+
+class SimulatedBackend(LocalSimulationBackend):
+    """nnsight's simulation of a server in this process, with bytes counted.
+
+    The model's weights are loaded here, as they would be there.
+    """
+
+    def __init__(self, model: Any, traffic: Traffic) -> None:
+        super().__init__(model)
+        self.traffic = traffic
+
+    def __call__(self, tracer: Any) -> None:
+        """Sends to itself, and runs."""
+        self.traffic.requests += 1
+        self.traffic.sent += len(RequestModel.serialize(tracer, compress=True))
+        super().__call__(tracer)

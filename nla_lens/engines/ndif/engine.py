@@ -1,0 +1,284 @@
+"""Both halves on an NDIF server: this process holds no weights but the value head.
+
+What travels to the server is the prompt's ids and the vectors (or the reconstructor's prompts), and
+back come token ids (or one `[d]` vector a text). The value head is applied here: the server would
+send back as many bytes after it as before it, so its one file is all that is downloaded.
+
+`engine="ndif"` takes the server and the key from nnsight's configuration; `"ndif:http://host:port"`
+names another server, and `"ndif:local"` is nnsight's simulation of one in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+from torch import Tensor
+
+from nla_lens.checkpoints.files import Checkpoint
+from nla_lens.checkpoints.spec import NLASpec
+from nla_lens.engines import Job
+from nla_lens.engines.local.nnsight import NNsightReconstructor, NNsightVerbalizer, import_nnsight
+from nla_lens.engines.ndif.backend import NDIFBackend, Patience, SimulatedBackend, Traffic
+from nla_lens.engines.ndif.errors import told
+from nla_lens.engines.ndif.versions import described
+from nla_lens.errors import NLAError
+from nla_lens.models.anatomy import text_model
+from nla_lens.models.placement import Placement
+from nla_lens.models.tokens import find_eos_ids
+from nla_lens.models.weights import load_tokenizer
+
+LOCAL: Final = "local"
+_MOST_ROWS: Final = 32
+_MOST_BYTES: Final = 8 << 20
+_MOST_TOKENS: Final = 8192
+
+
+@dataclass
+class Server:
+    """Where a half runs, and how it is talked to.
+
+    Attributes:
+        host: Address; "local" is nnsight's simulation, None what nnsight is configured for.
+        blocking: Wait on an open connection; False asks for the result again and again, which a
+            lost connection does not hurt.
+        patience: How long to wait.
+        traffic: What has travelled so far.
+    """
+
+    host: str | None = None
+    blocking: bool = True
+    patience: Patience = field(default_factory=Patience)
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @classmethod
+    def named(cls, engine: str) -> Server:
+        """From an engine's name, "ndif", "ndif:local" or "ndif:http://...".
+
+        Raises:
+            NLAError: Something else stands behind the colon.
+        """
+        host = engine.partition(":")[2] or None
+        if host is not None and host != LOCAL and not host.startswith(("http://", "https://")):
+            raise NLAError(
+                f"engine={engine!r}: after the colon comes http://HOST:PORT, https://HOST or local"
+            )
+        return cls(None if host is None else host.rstrip("/"))
+
+    @property
+    def address(self) -> str:
+        """The host, nnsight's own where none is named."""
+        return self.host or str(_api().HOST)
+
+    @property
+    def api_key(self) -> str | None:
+        """nnsight's; it is kept nowhere else, and is in no repr."""
+        key: str | None = _api().APIKEY
+        return key
+
+    def backend(self, model: Any, key: str) -> Any:
+        """What runs one trace there."""
+        if self.host == LOCAL:
+            return SimulatedBackend(model, self.traffic)
+        return NDIFBackend(
+            key,
+            self.patience,
+            self.traffic,
+            host=self.host,
+            env=model._remoteable_get_env(),
+            poll_for_result=not self.blocking,
+        )
+
+    def told(self, what: str) -> Any:
+        """A context in which failures become an `NLARemoteError`."""
+        return told(what, self.address, lambda: self.api_key, self._versions)
+
+    def _versions(self) -> str:
+        return described(self.address, self.patience.connect)
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """A model on a server.
+
+    Attributes:
+        name: What the caller called it.
+        model: An nnsight model without weights.
+        key: The server's name of it.
+        server: The server.
+    """
+
+    name: str
+    model: Any
+    key: str
+    server: Server
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        path: Path | None,
+        server: Server,
+        tokenizer: Any,
+        revision: str | None = None,
+    ) -> RemoteModel:
+        """Builds a model's shape from its config.
+
+        Args:
+            name: Hub repository, or what a directory is called.
+            path: The directory, as the server knows it, where it is no repository.
+            server: The server.
+            tokenizer: The model's own: nnsight cannot always tell it from a config.
+            revision: Of the repository; to the server, each one deployed is another model.
+
+        Raises:
+            NLAError: No such model, or none that nnsight can build.
+        """
+        repo = name if path is None else str(path.resolve())
+        try:
+            model = import_nnsight().TransformersModel(
+                repo, task="text-generation", tokenizer=tokenizer, revision=revision
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise NLAError(f"the shape of {repo} cannot be built: {reason}") from error
+        called = name if revision is None else f"{name} (revision {revision})"
+        return cls(called, model, model_key(model, repo, is_local=path is not None), server)
+
+    def backend(self) -> Any:
+        """What runs one trace."""
+        return self.server.backend(self.model, self.key)
+
+
+def model_key(model: Any, repo: str, *, is_local: bool) -> str:
+    """The server's name of a model; nnsight asks the hub for a repository's exact spelling."""
+    if not is_local:
+        # Offline, or a hub that is away: the spelling is then taken as it is.
+        with contextlib.suppress(OSError, ValueError, httpx.HTTPError):
+            return str(model.to_model_key())
+    named = {"repo_id": repo, "revision": model.revision, "task": model.task}
+    return f"nnsight.modeling.transformers.TransformersModel:{json.dumps(named)}"
+
+
+def load_verbalizer(
+    checkpoint: Checkpoint, spec: NLASpec, placement: Placement, engine: str = "ndif"
+) -> NDIFVerbalizer:
+    """An AV on a server."""
+    remote = _open_half(checkpoint, placement, engine)
+    return NDIFVerbalizer(remote, spec, _eos_ids(checkpoint, remote.model))
+
+
+def load_reconstructor(
+    checkpoint: Checkpoint, spec: NLASpec, placement: Placement, engine: str = "ndif"
+) -> NDIFReconstructor:
+    """An AR's backbone on a server."""
+    return NDIFReconstructor(_open_half(checkpoint, placement, engine))
+
+
+class NDIFVerbalizer(NNsightVerbalizer):
+    """An AV on a server.
+
+    Attributes:
+        remote: The model there.
+    """
+
+    def __init__(self, remote: RemoteModel, spec: NLASpec, eos_ids: frozenset[int]) -> None:
+        super().__init__(remote.model, spec, eos_ids)
+        self.remote = remote
+
+    @property
+    def server(self) -> Server:
+        """How the server is talked to: patience, traffic."""
+        return self.remote.server
+
+    def _batch_size(self, n_tokens: int) -> int:
+        width = text_model(self.model._module).config.hidden_size
+        return max(1, min(_MOST_ROWS, _MOST_BYTES // (4 * width)))
+
+    def _generate(self, job: Job, rows: range) -> Tensor:
+        with self.server.told(self.remote.name):
+            return super()._generate(job, rows)
+
+    def _read(self, path: str, prompts: Any, positions: Any) -> Tensor:
+        with self.server.told(self.remote.name):
+            return super()._read(path, prompts, positions)
+
+    def _backend(self) -> Any:
+        return self.remote.backend()
+
+
+class NDIFReconstructor(NNsightReconstructor):
+    """An AR's backbone on a server.
+
+    Attributes:
+        remote: The model there.
+    """
+
+    def __init__(self, remote: RemoteModel) -> None:
+        super().__init__(remote.model)
+        self.remote = remote
+
+    @property
+    def server(self) -> Server:
+        """How the server is talked to: patience, traffic."""
+        return self.remote.server
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        return request_batches(lengths)
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        with self.server.told(self.remote.name):
+            return super()._read(prompts)
+
+    def _backend(self) -> Any:
+        return self.remote.backend()
+
+
+def request_batches(lengths: Sequence[int], batch_size: int | None = None) -> Iterator[list[int]]:
+    """Rows for one request each, of like length: padding costs less than another request."""
+    most, batch = batch_size or _MOST_ROWS, list[int]()
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) >= most or lengths[row] * (len(batch) + 1) > _MOST_TOKENS):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _open_half(checkpoint: Checkpoint, placement: Placement, engine: str) -> RemoteModel:
+    for name in ("dtype", "device", "device_map"):
+        if getattr(placement, name) is not None:
+            raise NLAError(f"{name}= has no meaning with engine={engine!r}: the server decides it")
+    if checkpoint.is_adapter:
+        raise NLAError(
+            f"{checkpoint.name} is a LoRA adapter, which engine={engine!r} cannot run: merge it "
+            "into its base model and have that deployed, or use another engine"
+        )
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=placement.trust_remote_code)
+    is_local = Path(checkpoint.name).expanduser().is_dir()
+    path = checkpoint.path if is_local else None
+    server = Server.named(engine)
+    return RemoteModel.open(checkpoint.name, path, server, tokenizer, checkpoint.revision)
+
+
+def _eos_ids(checkpoint: Checkpoint, model: Any) -> frozenset[int]:
+    """As where the weights are: a model built from its config has no generation_config."""
+    from transformers import GenerationConfig
+
+    if (checkpoint.path / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(str(checkpoint.path)).eos_token_id
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return find_eos_ids(model._module)
+
+
+def _api() -> Any:
+    from nnsight.schema.config import CONFIG
+
+    return CONFIG.API

@@ -1,0 +1,196 @@
+"""What is known of a server that runs an AV: where it is, and which model it serves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from nla_lens.checkpoints.files import Checkpoint
+from nla_lens.checks import is_int, is_number
+from nla_lens.errors import NLAError, NLARemoteError
+
+KEY_VARIABLE: Final = "NLA_LENS_API_KEY"
+"""The environment variable the API key is taken from where none is given."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A vLLM or SGLang server; `url=` of `from_pretrained` takes one, or its address alone.
+
+    >>> NLA.from_pretrained(name, engine="vllm", url=Server("http://host:8000", model="my-av"))
+
+    Attributes:
+        url: "http://HOST:PORT" or "https://HOST"; a "/v1" behind it is left out.
+        model: The server's name of the model, where it is not that of the checkpoint.
+        api_key: Sent as a bearer token; None takes the environment variable NLA_LENS_API_KEY. It is
+            in no repr, log or message.
+        dtype: What the server computes in (its `--dtype`); None is `dtype=` of `from_pretrained`,
+            or what config.json says.
+        timeout: Longest a request may take, in seconds: waiting for its turn, too.
+        patience: How long a server that cannot be reached, or is too busy, is tried again, in
+            seconds.
+        connections: Most requests at once.
+        rows_per_request: Most vectors in one request; its answers come together.
+        reads_embeds: SGLang's wrapper of Gemma 3 ignores embeddings; True says that this server's
+            was patched and reads them.
+    """
+
+    url: str
+    model: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    dtype: Any = None
+    timeout: float = 600.0
+    patience: float = 10.0
+    connections: int = 32
+    rows_per_request: int = 8
+    reads_embeds: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks what was given, and takes the key from the environment.
+
+        Raises:
+            NLAError: Names the field.
+        """
+        object.__setattr__(self, "url", _address(self.url))
+        key = os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key
+        # httpx would show a key that is no header in its message.
+        if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable()):
+            raise NLAError(f"the API key (api_key=, {KEY_VARIABLE}) must be printable ASCII")
+        object.__setattr__(self, "api_key", key or None)
+        for name in ("timeout", "patience"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 < value < float("inf"):
+                raise NLAError(f"{name}={value!r} must be a number of seconds")
+        for name in ("connections", "rows_per_request"):
+            value = getattr(self, name)
+            if not is_int(value) or value < 1:
+                raise NLAError(f"{name}={value!r} must be a positive integer")
+
+    @classmethod
+    def of(cls, url: str | Server | None, engine: str) -> Server:
+        """From what a caller gave as `url=`.
+
+        Raises:
+            NLAError: Nothing, or no address.
+        """
+        if url is None:
+            raise NLAError(f"engine={engine!r} needs url=, as in url='http://localhost:8000'")
+        return url if isinstance(url, Server) else cls(url)
+
+    def hurried(self) -> Server:
+        """The same with little patience, for questions before the work begins."""
+        return replace(self, patience=min(self.patience, 2.0), timeout=min(self.timeout, 60.0))
+
+
+def _address(url: Any) -> str:
+    """`http://host:port`.
+
+    Raises:
+        NLAError: Something else; the message leaves out what may be a password.
+    """
+    asked = "url= must be of the form http://HOST:PORT or https://HOST"
+    if not isinstance(url, str):
+        raise NLAError(f"{asked}, found a {type(url).__name__}")
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  (raises where it is no number)
+    except ValueError as error:
+        raise NLAError(f"{asked}: {error}") from None
+    if parts.username is not None or parts.password is not None:
+        raise NLAError(f"{asked}, without a user's name and password; a key goes into api_key=")
+    whole = parts.scheme in ("http", "https") and parts.hostname
+    if not whole or parts.query or parts.fragment or not url.isascii() or not url.isprintable():
+        raise NLAError(f"{asked}, found {url!r:.80}")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model as a server lists it.
+
+    Attributes:
+        name: What requests must call it.
+        root: Its directory or repository there.
+        max_len: Most tokens of prompt and answer together; None if the server does not say.
+    """
+
+    name: str
+    root: str
+    max_len: int | None
+
+
+def listed(answer: Any, url: str) -> list[Served]:
+    """The models in the answer to `GET /v1/models`.
+
+    Raises:
+        NLARemoteError: It is no such list.
+    """
+    cards = answer.get("data") if isinstance(answer, Mapping) else None
+    models = [_served(card) for card in cards] if isinstance(cards, list) else []
+    found = [model for model in models if model is not None]
+    if not found:
+        raise NLARemoteError(
+            f"{url}/v1/models does not list any model; is it a vLLM or SGLang server?",
+            cause="not_deployed",
+        )
+    # The card of a LoRA adapter does not always say what its base allows.
+    longest = [m.max_len for m in found if m.max_len is not None]
+    return [replace(m, max_len=m.max_len or min(longest, default=None)) for m in found]
+
+
+def _served(card: Any) -> Served | None:
+    if not isinstance(card, Mapping) or not isinstance(card.get("id"), str):
+        return None
+    root, length = card.get("root"), card.get("max_model_len")
+    return Served(
+        card["id"],
+        root if isinstance(root, str) else card["id"],
+        length if isinstance(length, int) and length > 0 else None,
+    )
+
+
+def pick(models: Sequence[Served], checkpoint: Checkpoint, server: Server) -> Served:
+    """The model a checkpoint is served as.
+
+    Args:
+        models: All that the server serves.
+        checkpoint: What the caller loads.
+        server: May name the model.
+
+    Raises:
+        NLARemoteError: It is not among them; names both.
+    """
+    if server.model is not None:
+        fitting = [m for m in models if m.name == server.model]
+    else:
+        fitting = [
+            m for m in models if _is_same(m.name, checkpoint) or _is_same(m.root, checkpoint)
+        ]
+    if fitting:
+        return fitting[0]
+    there = ", ".join(f"{m.name!r:.120}" for m in models[:5])
+    wanted = server.model or checkpoint.name
+    raise NLARemoteError(
+        f"the server at {server.url} serves {there}, and not {wanted!r:.200}: start it with that "
+        "model; if it is the same under another name, say so with url=Server(URL, model=NAME)",
+        cause="not_deployed",
+    )
+
+
+def _is_same(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a server's name stands for a checkpoint: the directory may lie elsewhere there."""
+    if name == checkpoint.name:
+        return True
+    # The hub's cache calls a repository's folder so.
+    if f"models--{checkpoint.name.replace('/', '--')}/" in name:
+        return True
+    is_local = Path(checkpoint.name).expanduser().is_dir()
+    own = checkpoint.path.resolve().parts if is_local else checkpoint.name.split("/")
+    # A pair's folder has an av/ in it: that alone names nothing.
+    n = 2 if own[-1].lower() == "av" else 1
+    there = name.rstrip("/").split("/")[-n:]
+    return [part.lower() for part in there] == [part.lower() for part in own[-n:]]

@@ -1,0 +1,1 @@
+"""The two halves: the verbalizer, vectors to texts, and the reconstructor, texts to vectors."""

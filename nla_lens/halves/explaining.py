@@ -1,0 +1,263 @@
+"""The run from checked vectors to finished explanations: verbalize, reconstruct, score, flag."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final
+
+import torch
+
+from nla_lens.checks import is_int, is_number
+from nla_lens.errors import NLAError, NLARemoteError
+from nla_lens.halves.reconstructor import Reconstructor
+from nla_lens.halves.verbalizer import Answer, Verbalizer
+from nla_lens.results import metrics
+from nla_lens.results.explanation import Explanation
+from nla_lens.results.flags import find_flags
+from nla_lens.stream.injection import norms
+from nla_lens.stream.vectors import VectorBatch
+
+_SCORED_AT_ONCE: Final = 16
+"""Texts that wait for one another to be scored: enough to fill a batch, few enough to be soon.
+
+They are scored between the verbalizer's steps, not beside them in a thread: on one device the two
+would take turns all the same, and a vLLM or SGLang server works on its open requests meanwhile.
+Only NDIF, asked for one batch at a time, waits for the few passes that scoring takes.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller of `explain` asked for; see `NLA.explain`."""
+
+    max_new_tokens: int = 200
+    temperature: float = 0.0
+    num_samples: int = 1
+    seed: int | None = None
+    batch_size: int | None = None
+    prompt: str | None = None
+    score: bool | None = None
+    progress: bool | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        """From a caller's keyword arguments."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise TypeError(f"unknown options {unknown}; known are {sorted(known)}")
+        return cls(**options)
+
+    def check(self, *, has_reconstructor: bool) -> None:
+        """Refuses what cannot work.
+
+        Raises:
+            NLAError: Names the option and the remedy.
+        """
+        for name in ("max_new_tokens", "num_samples", "batch_size"):
+            value = getattr(self, name)
+            if not (is_int(value) and value >= 1) and (name != "batch_size" or value is not None):
+                raise NLAError(f"{name}={value!r} must be a positive integer")
+        if not is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise NLAError(f"temperature={self.temperature!r} must be 0 (argmax) or positive")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise NLAError(
+                f"num_samples={self.num_samples} at temperature 0 would give the same text each "
+                "time; pass temperature=1.0"
+            )
+        if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**63):
+            raise NLAError(f"seed={self.seed!r} must be an integer from 0 to 2**63 - 1")
+        if self.score and not has_reconstructor:
+            raise NLAError("score=True needs a reconstructor; load one with ar=")
+
+
+def explain_batch(
+    verbalizer: Verbalizer,
+    reconstructor: Reconstructor | None,
+    batch: VectorBatch,
+    options: Options,
+) -> Iterator[Explanation]:
+    """Yields explanations in input order.
+
+    A failure or Ctrl-C on the way comes after everything that was finished has been yielded.
+
+    Raises:
+        NLAError: The engine failed.
+    """
+    scorer = None if options.score is False else reconstructor
+    finish = _Finisher(verbalizer, scorer, batch, options.num_samples)
+    at_once = 1 if scorer is None else _SCORED_AT_ONCE
+    if options.batch_size is not None:
+        at_once = max(1, min(at_once, options.batch_size // options.num_samples))
+    try:
+        for row, answer in verbalizer.answers(
+            batch.vectors_ND.repeat_interleave(options.num_samples, dim=0),
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seeds=_seeds(options, len(batch) * options.num_samples),
+            batch_size=options.batch_size,
+            prompt=options.prompt,
+        ):
+            finish.add(row, answer)
+            if finish.n_due >= at_once:
+                yield from finish.flush()
+    except (NLAError, KeyboardInterrupt) as error:
+        yield from finish.flush()
+        error.later = finish.later()  # type: ignore[union-attr]
+        raise
+    except Exception as error:
+        yield from finish.flush()
+        failure = NLAError(
+            f"the verbalizer failed after {finish.n_done} of {len(batch)} vectors: "
+            f"{type(error).__name__}: {error}{_advice(error)}"
+        )
+        failure.later = finish.later()
+        raise failure from error
+    yield from finish.flush()
+
+
+def _advice(error: Exception) -> str:
+    out_of_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+    return "; pass a smaller batch_size" if out_of_memory else ""
+
+
+def _seeds(options: Options, n: int) -> Sequence[int]:
+    """A seed for each row, so that a row's text does not depend on its batch."""
+    if options.temperature == 0:
+        return ()
+    base = secrets.randbits(48) if options.seed is None else int(options.seed)
+    return [(base * 1_000_003 + row) % 2**63 for row in range(n)]
+
+
+class _Finisher:
+    """Collects answers and turns them, many at once, into scored and flagged explanations."""
+
+    def __init__(
+        self,
+        verbalizer: Verbalizer,
+        reconstructor: Reconstructor | None,
+        batch: VectorBatch,
+        num_samples: int,
+    ) -> None:
+        self._spec, self._reconstructor = verbalizer.spec, reconstructor
+        self._batch, self._num_samples = batch, num_samples
+        self._norms_N = norms(batch.vectors_ND)[:, 0]
+        self._answers: dict[int, Answer] = {}
+        self._n_ready = 0
+        self.n_done = 0
+
+    @property
+    def n_due(self) -> int:
+        """Vectors whose answers are all there, up to the first that waits for one."""
+        return self._n_ready // self._num_samples - self.n_done
+
+    def add(self, row: int, answer: Answer) -> None:
+        """Takes the answer of one row, in any order."""
+        self._answers[row] = answer
+        while self._n_ready in self._answers:
+            self._n_ready += 1
+
+    def flush(self) -> Iterator[Explanation]:
+        """Yields what is due, and forgets it.
+
+        Raises:
+            NLAError: The reconstructor failed; the texts are yielded first, unscored. So they are
+                before a Ctrl-C that came while they were scored.
+        """
+        due = range(self.n_done, self.n_done + self.n_due)
+        self.n_done += len(due)
+        finished, failure = self._finish(due)
+        yield from finished
+        if isinstance(failure, KeyboardInterrupt):
+            raise failure
+        if failure is not None:
+            message = (
+                f"the reconstructor failed ({type(failure).__name__}: {failure}); the texts are "
+                "there, their scores are not"
+            )
+            if isinstance(failure, NLARemoteError):
+                raise NLARemoteError(message, cause=failure.cause) from failure
+            raise NLAError(message) from failure
+
+    def later(self) -> dict[int, Explanation]:
+        """What is finished beyond the first vector that is not, by index."""
+        whole = [i for i in range(self.n_done, len(self._batch)) if self._has(i)]
+        finished, _ = self._finish(whole)
+        return dict(zip(whole, finished, strict=True))
+
+    def _has(self, vector: int) -> bool:
+        k = self._num_samples
+        return all(row in self._answers for row in range(vector * k, vector * k + k))
+
+    def _finish(self, vectors: Sequence[int]) -> tuple[list[Explanation], BaseException | None]:
+        """Explanations of vectors whose answers are there; unscored if scoring fails."""
+        k = self._num_samples
+        drafts = [
+            self._draft(self._answers.pop(vector * k + sample), vector)
+            for vector in vectors
+            for sample in range(k)
+        ]
+        failure: BaseException | None = None
+        try:
+            scored = self._scored(drafts, [vector for vector in vectors for _ in range(k)])
+        except (Exception, KeyboardInterrupt) as error:
+            scored, failure = drafts, error
+        flagged = [self._flagged(e) for e in scored]
+        return [_best(flagged[i : i + k]) for i in range(0, len(flagged), k)], failure
+
+    def _draft(self, answer: Answer, row: int) -> Explanation:
+        return Explanation(
+            text=answer.text,
+            raw_text=answer.raw_text,
+            token_ids=answer.token_ids,
+            complete=answer.complete,
+            norm=float(self._norms_N[row]),
+            **self._provenance(row),
+        )
+
+    def _provenance(self, row: int) -> dict[str, Any]:
+        origin = self._batch.origin
+        if origin is None:
+            return {}
+        _, position, token_id = origin.where_LX3[row].tolist()
+        known = token_id >= 0
+        return {
+            "hook_name": origin.hook_name,
+            "position": position,
+            "token_id": token_id if known else None,
+            "token": origin.to_token(token_id) if known and origin.to_token else None,
+        }
+
+    def _scored(self, drafts: list[Explanation], rows: list[int]) -> list[Explanation]:
+        if self._reconstructor is None or not drafts:
+            return drafts
+        scores = metrics.score(
+            self._reconstructor.reconstruct([draft.text for draft in drafts]),
+            self._batch.vectors_ND[torch.tensor(rows)],
+            mse_scale=self._spec.mse_scale,
+            var_nrm=self._spec.var_nrm,
+        )
+        return [
+            replace(
+                draft,
+                cos=float(scores.cos[i]),
+                mse_nrm=float(scores.mse_nrm[i]),
+                fve_nrm=None if scores.fve_nrm is None else float(scores.fve_nrm[i]),
+            )
+            for i, draft in enumerate(drafts)
+        ]
+
+    def _flagged(self, explanation: Explanation) -> Explanation:
+        return replace(explanation, flags=find_flags(explanation, self._spec))
+
+
+def _best(samples: list[Explanation]) -> Explanation:
+    """The best of a vector's samples, carrying them all."""
+    if len(samples) == 1:
+        return samples[0]
+    # A NaN is neither better nor worse than anything, and would leave the rest unsorted.
+    ranked = sorted(samples, key=lambda e: -e.cos if e.cos is not None and e.cos == e.cos else 2.0)
+    return replace(ranked[0], samples=tuple(ranked))

@@ -1,0 +1,91 @@
+"""`NLA.from_pretrained`, step by step: everything small is checked before any weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nla_lens.checkpoints.chat import canonical_prompt
+from nla_lens.checkpoints.files import HEAD_NAME, Checkpoint, fetch_file, open_checkpoint
+from nla_lens.checkpoints.spec import build_spec
+from nla_lens.checks import naming
+from nla_lens.engines import (
+    is_remote,
+    is_served,
+    load_reconstructor_engine,
+    load_verbalizer_engine,
+    per_half,
+)
+from nla_lens.engines.served.prompt_rows import open_small
+from nla_lens.errors import NLAError
+from nla_lens.halves.reconstructor import Reconstructor, check_prompt, load_head
+from nla_lens.halves.verbalizer import Verbalizer
+from nla_lens.models.placement import Placement
+from nla_lens.models.weights import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller of `from_pretrained` asked for; see there."""
+
+    av: str | Path
+    ar: str | Path | None
+    placement: Placement
+    revision: str | None = None
+    injection: str | None = None
+    injection_scale: float | None = None
+    layer: int | None = None
+    engine: str | Mapping[str, str] = "transformers"
+    url: Any = None
+
+
+def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
+    """Loads what was asked for.
+
+    Raises:
+        NLAError: Not found, not an NLA, incomplete or contradictory.
+    """
+    engines = per_half(request.engine)
+    served = is_served(engines["av"])
+    if request.url is not None and not served:
+        raise NLAError(f"url= has no meaning with engine={request.engine!r}, only with a server's")
+    av = _open(request.av, request, engines["av"])
+    ar = None if request.ar is None else _open(request.ar, request, engines["ar"])
+    spec = build_spec(
+        av,
+        ar,
+        injection=request.injection,
+        injection_scale=request.injection_scale,
+        layer=request.layer,
+    )
+    foreign_code = request.placement.trust_remote_code
+    tokenizer = load_tokenizer(av.path, trust_remote_code=foreign_code)
+    with naming(av.sidecar.path):
+        prompt = canonical_prompt(spec, tokenizer)
+    verbalizing = (engines["av"], av, spec, request.placement, request.url)
+    # A server costs no memory here, and whether it will do is soon known.
+    engine = load_verbalizer_engine(*verbalizing) if served else None
+    reconstructor = None
+    if ar is not None:
+        ar_tokenizer = load_tokenizer(ar.path, trust_remote_code=foreign_code)
+        with naming(ar.sidecar.path):
+            check_prompt(spec, ar_tokenizer)
+        if is_remote(engines["ar"]):
+            # Beside the small files that are there already.
+            fetch_file(ar, HEAD_NAME)
+        head = load_head(ar, spec.d_model)
+        backbone = load_reconstructor_engine(engines["ar"], ar, spec, request.placement)
+        reconstructor = Reconstructor(spec, ar_tokenizer, backbone, head)
+    engine = engine or load_verbalizer_engine(*verbalizing)
+    return Verbalizer(spec, tokenizer, engine, prompt), reconstructor
+
+
+def _open(name: str | Path, request: Request, engine: str) -> Checkpoint:
+    """A half's files; its weights only where it runs here."""
+    revision, foreign_code = request.revision, request.placement.trust_remote_code
+    if is_remote(engine):
+        return open_checkpoint(name, revision=revision, weights=False)
+    opened = open_small if is_served(engine) else open_checkpoint
+    return opened(name, revision=revision, foreign_code=foreign_code)

@@ -1,0 +1,264 @@
+"""The output of one block at some tokens of prompts, without work that these do not need.
+
+What is left out changes nothing that is asked for: a decoder's tokens do not see those after them.
+
+- Blocks after the one read, and tokens after the last one asked for, do not run.
+- In the block read, all but attention runs for the tokens asked for alone.
+- What all prompts begin with runs once; the others find its keys and values in a cache.
+- Prompts of like length share a pass, padded on the right. No mask hides the padding: it stands
+  after everything that is read, and without a mask attention takes its faster way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from nla_lens.errors import NLAError
+from nla_lens.models.anatomy import input_device, text_model
+from nla_lens.models.batching import padded_batches, right_padded
+from nla_lens.models.kv_cache import empty_cache, repeated
+from nla_lens.models.onednn import ByOneDNN
+
+_BY_TOKEN: Final = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
+"""Parts of a block that read each token by itself; keys and values are needed for all tokens."""
+_CACHED: Final = {"gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"}
+"""Families whose state after a prefix is keys and values, and nothing else."""
+_WORTH_SHARING: Final = 8
+"""A prefix of fewer tokens saves less than the mask costs that it brings along."""
+_PASS: Final = 40
+"""What a pass of its own costs, in tokens."""
+WIDE: Final = 256
+"""Widths under which products are too small to be worth another way of computing them."""
+
+
+class _ReachedBlock(Exception):
+    """Carries the residual stream out of a forward pass that need not go on."""
+
+    def __init__(self, resid_BTD: Tensor) -> None:
+        super().__init__("the asked-for block has run")
+        self.resid_BTD = resid_BTD
+
+
+class BlockReader:
+    """Reads one block of a transformers decoder."""
+
+    def __init__(self, model: Any, layer: int) -> None:
+        """Args:
+        model: A transformers model, whole or a stack of blocks.
+        layer: The block, from 0.
+        """
+        self._model, self._stack = model, text_model(model)
+        self._block = self._stack.layers[layer]
+        self._width = int(self._stack.config.hidden_size)
+        self._by_onednn = ByOneDNN(self._stack)
+        self._prefix: tuple[list[int], Any] | None = None
+
+    @torch.inference_mode()
+    def read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        batch_size: int | None = None,
+    ) -> list[Tensor]:
+        """The residual stream behind the block.
+
+        Args:
+            prompts: Token ids, none of them empty.
+            positions: Which tokens of each prompt, from 0, in any order.
+            batch_size: Most prompts in one pass; None: as many as is fast.
+
+        Returns:
+            `[n_i, d]` for each prompt, in the model's dtype, each a tensor of its own.
+        """
+        if not may_cut(self._model, self._width):
+            return self._read_as_it_is(prompts, positions, batch_size)
+        cut = [
+            list(prompt[: max(at, default=0) + 1])
+            for prompt, at in zip(prompts, positions, strict=True)
+        ]
+        prefix, cache = self._shared(cut, min((min(at, default=0) for at in positions), default=0))
+        rest = [prompt[len(prefix) :] for prompt in cut]
+        found: dict[int, Tensor] = {}
+        device = input_device(self._model)
+        for rows in padded_batches([len(prompt) for prompt in rest], device, batch_size):
+            at = [[p - len(prefix) for p in positions[row]] for row in rows]
+            past = None if cache is None else repeated(cache, len(rows))
+            read = self._read_batch([rest[row] for row in rows], at, past)
+            found |= dict(zip(rows, read, strict=True))
+        return [found[row] for row in range(len(prompts))]
+
+    def forget_prefix(self) -> None:
+        """Drops the kept prefix; needed only after the model's weights were changed."""
+        self._prefix = None
+
+    @torch.inference_mode()
+    def run(self, ids_BT: Tensor, past: Any = None) -> Tensor:
+        """The block's output at every token, `[B, T, d]`; later blocks do not run.
+
+        Raises:
+            NLAError: The block did not run.
+        """
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            raise _ReachedBlock(output[0] if isinstance(output, tuple) else output)
+
+        device = input_device(self._model)
+        handle = self._block.register_forward_hook(hook)
+        try:
+            with self._by_onednn if self._width >= WIDE else contextlib.nullcontext():
+                self._stack(
+                    input_ids=ids_BT.to(device), past_key_values=past, use_cache=past is not None
+                )
+        except _ReachedBlock as reached:
+            return reached.resid_BTD
+        finally:
+            handle.remove()
+        raise NLAError(f"the block to be read did not run in a pass of {type(self._model)}")
+
+    def _read_batch(
+        self, prompts: Sequence[list[int]], positions: Sequence[list[int]], past: Any
+    ) -> list[Tensor]:
+        ids_BT = right_padded(prompts)
+        counts = [len(at) for at in positions]
+        rows_N = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))
+        at_N = torch.tensor([p for at in positions for p in at], dtype=torch.long)
+        few = self._width >= WIDE and 2 * len(at_N) <= ids_BT.numel()
+        with only_tokens(self._block if few else None, ids_BT.shape, rows_N, at_N):
+            resid_BTD = self.run(ids_BT, past)
+        here = resid_BTD.device
+        # Copies, so that a token that is kept does not keep the whole batch in memory.
+        return [part.clone() for part in resid_BTD[rows_N.to(here), at_N.to(here)].split(counts)]
+
+    def _read_as_it_is(
+        self,
+        prompts: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        batch_size: int | None,
+    ) -> list[Tensor]:
+        """As `read`, of whole prompts and without padding."""
+        found: dict[int, Tensor] = {}
+        lengths = [len(prompt) for prompt in prompts]
+        for rows in padded_batches(lengths, torch.device("cpu"), batch_size, equal=True):
+            resid_BTD = self.run(torch.tensor([list(prompts[row]) for row in rows]))
+            for resid_TD, row in zip(resid_BTD, rows, strict=True):
+                found[row] = resid_TD[list(positions[row])].clone()
+        return [found[row] for row in range(len(prompts))]
+
+    def _shared(self, prompts: Sequence[list[int]], most: int) -> tuple[list[int], Any]:
+        """What all prompts begin with, and its keys and values; nothing where it does not pay.
+
+        The ids are compared, not the texts: a tokenizer may merge what a template ends with and
+        what a text begins with.
+
+        Args:
+            prompts: Token ids.
+            most: Longest prefix, so that tokens asked for come after it.
+        """
+        if self._stack.config.model_type not in _CACHED or not prompts:
+            return [], None
+        ids, n = common_prefix(prompts)[:most], len(prompts)
+        kept = self._prefix
+        if kept is not None and (len(kept[0]) > most or ids[: len(kept[0])] != kept[0]):
+            kept = None
+        saved = len(ids) * (n - 1) - _PASS
+        if len(ids) >= _WORTH_SHARING and saved > (len(kept[0]) * n if kept else 0):
+            cache = empty_cache()
+            self.run(torch.tensor([ids]), cache)
+            kept = self._prefix = ids, cache
+        return kept or ([], None)
+
+
+@contextlib.contextmanager
+def only_tokens(
+    block: nn.Module | None, shape: Sequence[int], rows_N: Tensor, at_N: Tensor
+) -> Iterator[None]:
+    """While it lasts, the parts of a block that read tokens one by one run for N of them alone.
+
+    The others get zeros, so that the block's output is right for the N tokens and no others.
+
+    Args:
+        block: A decoder block; None: nothing is changed.
+        shape: `[B, T]` of the pass.
+        rows_N: Their rows.
+        at_N: Their columns.
+    """
+    parts = [_part(block, path) for path in _BY_TOKEN]
+    handles = []
+    for part in filter(None, parts):
+        handles += _narrowed(part, tuple(shape), rows_N, at_N)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _part(block: Any, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        block = getattr(block, name, None)
+    return block if isinstance(block, nn.Module) else None
+
+
+def _narrowed(part: nn.Module, shape: tuple[int, ...], rows_N: Tensor, at_N: Tensor) -> list[Any]:
+    """Hooks that hand a module N tokens and put its answers back where they belong."""
+    here: list[tuple[Tensor, Tensor]] = []
+
+    def pick(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        here.clear()
+        if not args or not isinstance(args[0], Tensor) or args[0].shape[:2] != shape:
+            return None
+        device = args[0].device
+        here.append((rows_N.to(device), at_N.to(device)))
+        return (args[0][here[0]][None], *args[1:])
+
+    def put_back(module: nn.Module, args: Any, output: Any) -> Any:
+        if not here:
+            return None
+        if isinstance(output, tuple):
+            return (_scattered(output[0], shape, here[0]), *output[1:])
+        return _scattered(output, shape, here[0])
+
+    return [part.register_forward_pre_hook(pick), part.register_forward_hook(put_back)]
+
+
+def _scattered(found_1ND: Tensor, shape: tuple[int, ...], at: tuple[Tensor, Tensor]) -> Tensor:
+    out_BTD = found_1ND.new_zeros(*shape, found_1ND.shape[-1])
+    out_BTD[at] = found_1ND[0]
+    return out_BTD
+
+
+def may_cut(model: nn.Module, width: int) -> bool:
+    """Whether texts may be cut behind what is asked for, padded, and share a prefix.
+
+    Not where somebody's hooks may look at what is left out, nor in a model so small that it would
+    gain nothing: that gives what a plain pass gives, to the last bit.
+
+    Args:
+        model: The model that reads them.
+        width: Its d_model.
+    """
+    return width >= WIDE and not has_hooks(model)
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether somebody's hooks act on a model; those that transformers keeps there only look."""
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("transformers.")
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
+def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
+    """The ids that all prompts begin with."""
+    # What the least and the greatest have in common, all between them have.
+    least, greatest = min(prompts), max(prompts)
+    same = 0
+    while same < min(len(least), len(greatest)) and least[same] == greatest[same]:
+        same += 1
+    return least[:same]

@@ -1,0 +1,221 @@
+"""Loading through transformers: tokenizers, causal LMs, and backbones cut after a block.
+
+transformers is imported inside the functions, so that `import nla_lens` stays quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nla_lens.errors import NLAError
+from nla_lens.models.anatomy import remove_final_norm, text_model, truncate
+from nla_lens.models.lora import adapter_base, merge_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint directory or hub repository; an adapter's may be its base's."""
+    from transformers import AutoTokenizer
+
+    base = adapter_base(path)
+    if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
+        path = base
+
+    with _clear_errors(path, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=trust_remote_code
+        )
+    return tokenizer
+
+
+def load_causal_lm(
+    path: str | Path,
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal LM in eval mode; `dtype` None is what config.json says.
+
+    `quantization_config` is transformers' own (a `BitsAndBytesConfig`, say); None is config.json's.
+
+    Raises:
+        NLAError: The directory holds no such model, or weights are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    placing = (dtype, device, device_map, quantization_config, trust_remote_code)
+    base = adapter_base(path)
+    options = {"config": _load_config(base or path, trust_remote_code)}
+    model = _load(AutoModelForCausalLM, base or path, options, *placing, may_miss=())
+    return model if base is None else _frozen(merge_adapter(model, path))
+
+
+def load_backbone(
+    path: str | Path,
+    *,
+    n_blocks: int | None = None,
+    dtype: Any = None,
+    device: Any = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The blocks of a model without lm_head and final norm: its output is the residual stream.
+
+    Args:
+        path: Checkpoint directory or hub repository.
+        n_blocks: Load only the first blocks; None is all that config.json names.
+        dtype: As in `load_causal_lm`.
+        device: As in `load_causal_lm`.
+        device_map: As in `load_causal_lm`.
+        quantization_config: As in `load_causal_lm`.
+        trust_remote_code: As in `load_causal_lm`.
+
+    Raises:
+        NLAError: Too few blocks, or weights of a block are missing.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    base = adapter_base(path)
+    config = _load_config(base or path, trust_remote_code)
+    if n_blocks is not None:
+        with _clear_errors(base or path, "config.json"):
+            truncate(config, n_blocks, path)
+    placing = (dtype, device, device_map, quantization_config, trust_remote_code)
+    if base is None:
+        # An lm_head in the file is simply not looked at; the final norm may be absent.
+        options = {"config": config, **_renaming(config)}
+        model = _load(AutoModel, path, options, *placing, may_miss=("norm.weight",))
+    else:
+        whole = _load(AutoModelForCausalLM, base, {"config": config}, *placing, may_miss=())
+        model = text_model(_frozen(merge_adapter(whole, path)))
+    remove_final_norm(model)
+    return model
+
+
+def load_configs(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """A model's config and its generation_config, as they are with the weights; loads no weights.
+
+    Raises:
+        NLAError: One of them cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    config = _load_config(path, trust_remote_code)
+    with _clear_errors(path, "generation_config.json"):
+        if (Path(path) / "generation_config.json").is_file():
+            return config, GenerationConfig.from_pretrained(str(path))
+        return config, GenerationConfig.from_model_config(config)
+
+
+def _load_config(path: str | Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig, __version__
+
+    with _clear_errors(path, "config.json"):
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        if int(__version__.split(".")[0]) < 5:
+            _read_rope_parameters(getattr(config, "text_config", None) or config)
+    return config
+
+
+def _read_rope_parameters(config: Any) -> None:
+    """transformers 4 does not read what 5 saves, and silently falls back to a theta of 10000."""
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        return
+    whole = rope.get("full_attention", rope)
+    config.rope_theta = whole["rope_theta"]
+    scaling = {key: value for key, value in whole.items() if key != "rope_theta"}
+    config.rope_scaling = None if scaling.get("rope_type") in (None, "default") else scaling
+    if "sliding_attention" in rope:
+        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+
+
+def _renaming(config: Any) -> dict[str, Any]:
+    """transformers 4 does not strip a causal LM's `model.` for Gemma 3's bare text model."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    prefix = getattr(MODEL_MAPPING.get(type(config), None), "base_model_prefix", "model")
+    if prefix == "model" or hasattr(config, "text_config"):
+        return {}
+    return {"key_mapping": {r"^model\.": ""}}
+
+
+def _load(
+    auto_class: Any,
+    path: str | Path,
+    options: Mapping[str, Any],
+    dtype: Any,
+    device: Any,
+    device_map: Any,
+    quantization_config: Any,
+    trust_remote_code: bool,
+    may_miss: tuple[str, ...],
+) -> PreTrainedModel:
+    if quantization_config is not None:
+        # Not passed on as None: that would hide the one in config.json.
+        options = {**options, "quantization_config": quantization_config}
+    with _clear_errors(path, "model"), _quiet_transformers():
+        model, report = auto_class.from_pretrained(
+            str(path),
+            dtype="auto" if dtype is None else dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    missing = sorted(k for k in report["missing_keys"] if not k.endswith(may_miss or ("\0",)))
+    if missing or report["mismatched_keys"]:
+        raise NLAError(
+            f"{path}: the weights do not fit config.json; missing {missing[:5]}, of another shape "
+            f"{list(report['mismatched_keys'])[:5]}"
+        )
+    if device is not None and device_map is None:
+        with _clear_errors(path, "model"):
+            model = model.to(device)
+    return _frozen(model)
+
+
+def _frozen(model: Any) -> PreTrainedModel:
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    return frozen
+
+
+@contextlib.contextmanager
+def _clear_errors(path: object, what: str) -> Iterator[None]:
+    try:
+        yield
+    except NLAError:
+        raise
+    # transformers and the parsers under it raise whatever a damaged file makes them trip over.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise NLAError(
+            f"the {what} of {path} cannot be loaded ({type(error).__name__}: {reason})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silences the report of unused weights: a reconstructor's lm_head is unused on purpose."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bar = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

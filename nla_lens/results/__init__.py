@@ -1,0 +1,1 @@
+"""Explanations: the record, its scores and flags, how many of them are shown and stored."""

@@ -1,0 +1,103 @@
+"""Finds the adapter for a model of another framework, and attaches probes through it.
+
+Adapters are entry points of the group `nla_lens.adapters`, named after the package the model's
+class comes from, so anyone can add one. Only the adapter of a framework in use is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, Final
+
+from nla_lens.errors import NLAError
+from nla_lens.stream.explainer import Explainer, check_nla
+
+GROUP: Final = "nla_lens.adapters"
+
+
+class Probe:
+    """An NLA attached to a model; also a context manager that detaches at its end.
+
+    Attributes:
+        model: The model.
+        nla: The NLA.
+    """
+
+    def __init__(self, model: Any, nla: Explainer, undo: Callable[[], None]) -> None:
+        """Args:
+        model: The model.
+        nla: The NLA.
+        undo: Takes everything back that attaching changed.
+        """
+        self.model, self.nla = model, nla
+        self._undo: Callable[[], None] | None = undo
+
+    @property
+    def attached(self) -> bool:
+        """Whether residuals are still being recorded."""
+        return self._undo is not None
+
+    def detach(self) -> None:
+        """Leaves the model as it was; a second call does nothing."""
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached to" if self.attached else "detached from"
+        return f"Probe({state} {type(self.model).__name__}, {self.nla!r})"
+
+
+def attach(model: Any, nla: Explainer) -> Probe:
+    """Makes the residuals a model caches explainable by an NLA.
+
+    Values stay bit-identical; what is recorded keeps its `.explain()` after `detach`.
+
+    Args:
+        model: A TransformerBridge, HookedTransformer or nnsight model.
+        nla: The NLA, for this model's residual stream.
+
+    Returns:
+        The probe, to be detached or used in a `with` block.
+
+    Raises:
+        NLAError: No adapter for such a model, another width or too few blocks, weights processed
+            in a way that changes the residual stream, or a probe that is there already.
+    """
+    check_nla(nla)
+    adapter = find_adapter(model)
+    if adapter is None:
+        raise NLAError(
+            f"no adapter for {type(model).__module__}.{type(model).__qualname__}; a probe can be "
+            f"attached to models of {sorted(e.name for e in entry_points(group=GROUP))}. Vectors "
+            "from anywhere can be given to nla.explain"
+        )
+    probe: Probe = adapter.attach(model, nla)
+    return probe
+
+
+def find_adapter(model: Any) -> Any | None:
+    """The adapter module for a model's framework, None if there is none."""
+    packages = {base.__module__.split(".")[0] for base in type(model).__mro__}
+    for entry in entry_points(group=GROUP):
+        if entry.name in packages:
+            return entry.load()
+    return None
+
+
+def adapter_of(framework: str) -> Any:
+    """The adapter module for a framework, by its package's name.
+
+    Raises:
+        NLAError: No adapter of that name is installed.
+    """
+    for entry in entry_points(group=GROUP, name=framework):
+        return entry.load()
+    raise NLAError(f"no adapter for {framework} is installed; pip install 'nla-lens[{framework}]'")
