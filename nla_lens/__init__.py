@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from nla_lens.checkpoints.spec import NLASpec
     from nla_lens.errors import NLAError, NLARemoteError, NLAWarning
     from nla_lens.nla import NLA
-    from nla_lens.results.explanation import Explanation, Explanations
+    from nla_lens.results.explanation import Explanation
+    from nla_lens.results.explanations import Explanations
     from nla_lens.stream.extraction import extract
     from nla_lens.stream.frameworks import Probe, attach
     from nla_lens.stream.hook_point import ResidPost
@@ -40,7 +41,7 @@ __all__ = [
 _HOMES = {
     "NLA": "nla",
     "Explanation": "results.explanation",
-    "Explanations": "results.explanation",
+    "Explanations": "results.explanations",
     "NLAError": "errors",
     "NLARemoteError": "errors",
     "NLASpec": "checkpoints.spec",

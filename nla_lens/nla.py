@@ -22,7 +22,8 @@ from nla_lens.halves.verbalizer import Verbalizer
 from nla_lens.models.placement import Placement, torch_device, torch_dtype
 from nla_lens.progress import waiting, with_progress
 from nla_lens.results import metrics
-from nla_lens.results.explanation import Explanation, Explanations
+from nla_lens.results.explanation import Explanation
+from nla_lens.results.explanations import Explanations
 from nla_lens.stream.extraction import Positions, Text, open_source, read_text
 from nla_lens.stream.vectors import VectorBatch, VectorsLike, check_vectors
 

@@ -15,7 +15,8 @@ import torch
 
 from nla_lens import NLA, cli
 from nla_lens.cli.options import parse_positions
-from nla_lens.results.explanation import Explanation, Explanations
+from nla_lens.results.explanation import Explanation
+from nla_lens.results.explanations import Explanations
 
 from .checkpoints import build_pair, build_source
 

@@ -231,7 +231,7 @@ def test_the_library_keeps_its_rules(rule: Rule, path: Path) -> None:
     ],
 )
 def test_the_rules_catch_what_they_are_for(rule: Rule, source: str) -> None:
-    assert broken(rule, source, "nla_lens/stream/residual.py")
+    assert broken(rule, source, "nla_lens/nla.py")
 
 
 @pytest.mark.parametrize(

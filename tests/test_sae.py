@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from nla_lens import NLA, NLAError, extract
-from nla_lens.adapters import features as features_module
+from nla_lens.adapters.dictionaries import features as features_module
 from nla_lens.adapters.dictionaries.latents import Latents
 from nla_lens.adapters.sae import (
     FeatureExplanations,

@@ -1,36 +1,36 @@
-"""What the AV says of latents: one line each, kept in JSON lines that a later run goes on with."""
+"""What the AV says of latents: a record each, in JSON lines that a later run goes on with."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TextIO
 
 from nla_lens.errors import NLAError
-from nla_lens.results.explanation import Explanation
+from nla_lens.results.columns import Column
+from nla_lens.results.display import to_table
+from nla_lens.results.explanation import NUMBER, Explanation
+from nla_lens.results.explanations import Explanations
+from nla_lens.results.lines import Format, json_line, read_lines, whole_lines, write_lines
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-_FORMAT: Final = "nla_lens.features"
-_VERSION: Final = 1
+_FORMAT: Final = Format("nla_lens.features", 1)
 
 
-@dataclass(frozen=True)
-class FeatureExplanation:
-    """What the AV says of one decoder row.
+@dataclass(frozen=True, kw_only=True)
+class FeatureExplanation(Explanation):
+    """What the AV says of one decoder row: an `Explanation` of `sign * row`.
 
     Attributes:
         index: The latent.
-        text: The AV's text for `sign * row`.
-        cos: Cosine of AR(text) and `sign * row`; None without a reconstructor.
-        fve_nrm: The same as a share of the residuals' variance.
         norm: ||row|| as it is in the dictionary.
         sign: 1, or -1 where the opposite direction was read.
-        complete: The closing tag was reached.
         flags: Those of `nla_lens.results.flags`, `off_distribution`, `unknown_place`.
         distance: Squared distance of the normalised row from the mean residual in units of the
             residuals' own variance: 1 is usual for a residual. None without `mean`.
@@ -38,119 +38,72 @@ class FeatureExplanation:
         shifted_cos: Cosine of AR(shifted_text) and that sum.
     """
 
+    TYPES: ClassVar[Mapping[str, tuple[type, ...]]] = {
+        **Explanation.TYPES,
+        "index": (int,),
+        "sign": (int,),
+        "distance": (*NUMBER, NoneType),
+        "shifted_text": (str, NoneType),
+        "shifted_cos": (*NUMBER, NoneType),
+    }
+    NEEDED: ClassVar[Sequence[str]] = ("index", "text", "norm")
+    columns: ClassVar[Sequence[Column]] = (
+        Column("latent", "place", lambda e: e.index),
+        Column("the AV says", "text", lambda e: e.text, always=True),
+        Column("added to the mean", "text", lambda e: e.shifted_text),
+        Column("cos", "number", lambda e: e.cos),
+        Column("fve_nrm", "score", lambda e: e.fve_nrm),
+        Column("flags", "flags", lambda e: e.flags),
+    )
+
     index: int
-    text: str
-    norm: float
-    cos: float | None = None
-    fve_nrm: float | None = None
-    sign: int = 1
+    # Files of the first releases lack what has a default here.
+    raw_text: str = ""
+    token_ids: list[int] = field(default_factory=list, hash=False)
     complete: bool = True
-    flags: tuple[str, ...] = ()
+    norm: float
+    sign: int = 1
     distance: float | None = None
     shifted_text: str | None = None
     shifted_cos: float | None = None
 
-    def __str__(self) -> str:
-        return self.text
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {**asdict(self), "flags": list(self.flags)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FeatureExplanation:
-        """The inverse of `to_dict`; unknown keys are ignored."""
-        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        return cls(**{**known, "flags": tuple(known.get("flags", ()))})
-
-    def as_explanation(self) -> Explanation:
-        """The same as an `Explanation`, the latent in the token's place, to be shown as one."""
-        return Explanation(
-            text=self.text,
-            raw_text=self.text,
-            token_ids=[],
-            complete=self.complete,
-            norm=self.norm,
-            cos=self.cos,
-            fve_nrm=self.fve_nrm,
-            token=f"latent {self.index}",
-            position=self.index,
-            flags=self.flags,
-        )
+    @property
+    def label(self) -> str:
+        """See `Explanation`."""
+        return f"latent {self.index}"
 
 
-class FeatureExplanations(Sequence["FeatureExplanation"]):
+class FeatureExplanations(Explanations):
     """Explanations of latents, in the order they were asked for."""
 
-    def __init__(self, items: Iterable[FeatureExplanation]) -> None:
+    def __init__(self, items: Iterable[FeatureExplanation], shape: Sequence[int] | None = None):
         """Args:
         items: In the order they are shown.
+        shape: As in `Explanations`.
         """
-        self.items = tuple(items)
+        super().__init__(items, shape)
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: Any) -> Any:
-        found = self.items[index]
-        return FeatureExplanations(found) if isinstance(index, slice) else found
-
-    def __iter__(self) -> Iterator[FeatureExplanation]:
-        return iter(self.items)
+    @property
+    def flat(self) -> list[Any]:
+        """All of them, in order."""
+        return super().flat
 
     def __repr__(self) -> str:
-        lines = [f"{e.index}: {e.text!r}" for e in self.items[:5]]
+        lines = [f"{e.index}: {e.text!r}" for e in self.flat[:5]]
         more = f", ... {len(self) - 5} more" if len(self) > 5 else ""
         return f"FeatureExplanations({', '.join(lines)}{more})"
 
-    def to_dict(self) -> list[dict[str, Any]]:
+    def to_dict(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """Plain values, ready for JSON."""
-        return [e.to_dict() for e in self.items]
+        return [e.to_dict() for e in self.flat]
 
     def to_pandas(self) -> pd.DataFrame:
         """A table, indexed by latent."""
-        import pandas as pd
-
-        columns = [f.name for f in fields(FeatureExplanation)]
-        return pd.DataFrame(self.to_dict(), columns=columns).set_index("index")
+        return super().to_pandas().set_index("index")
 
     def to_table(self, *, title: str | None = None) -> Table:
         """A table for terminals and notebooks."""
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-        shifted = any(e.shifted_text is not None for e in self.items)
-        table.add_column("latent", justify="right", style="bold cyan")
-        table.add_column("the AV says", ratio=1, overflow="fold")
-        if shifted:
-            table.add_column("added to the mean", ratio=1, overflow="fold")
-        table.add_column("cos", justify="right")
-        table.add_column("flags", style="yellow")
-        for e in self.items:
-            texts = [Text(e.text)] + ([Text(e.shifted_text or "")] if shifted else [])
-            cos = "–" if e.cos is None else f"{e.cos:.2f}"
-            table.add_row(str(e.index), *texts, cos, Text(" ".join(e.flags)))
-        return table
-
-    def to_html(self, path: str | Path) -> Path:
-        """Writes one self-contained page, everything escaped.
-
-        Returns:
-            The file written.
-        """
-        from nla_lens.results.display import to_html
-
-        path = Path(path)
-        page = to_html([e.as_explanation() for e in self.items], whole_page=True)
-        path.write_text(page, encoding="utf-8")
-        return path
-
-    def _repr_html_(self) -> str:
-        from nla_lens.results.display import to_html
-
-        return to_html([e.as_explanation() for e in self.items], whole_page=False)
+        return to_table(self.flat, title=title)
 
     def to_neuronpedia(
         self,
@@ -188,7 +141,7 @@ class FeatureExplanations(Sequence["FeatureExplanation"]):
                 "typeName": type_name,
                 "explanationModelName": explainer,
             }
-            for e in self.items
+            for e in self.flat
         ]
         path.write_text(
             "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
@@ -198,11 +151,7 @@ class FeatureExplanations(Sequence["FeatureExplanation"]):
 
     def save(self, path: str | Path) -> Path:
         """Writes JSON lines, a header and then a latent a line; `load` reads them."""
-        path = Path(path)
-        lines = [_header({}), *map(json_line, self.items)]
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text("".join(lines), encoding="utf-8")
-        return partial.replace(path)
+        return write_lines(path, _FORMAT, {"about": {}}, self.flat)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureExplanations:
@@ -230,23 +179,13 @@ class FeatureStore:
             NLAError: No such file, or a damaged one.
         """
         self.path = path
-        self.finished: dict[int, FeatureExplanation] = {}
-        try:
-            held = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise NLAError(f"{path} cannot be read: {error}") from error
-        # Not splitlines: a text may hold U+2028, which JSON leaves as it is.
-        lines, self._torn = held.split("\n")[:-1], held.rpartition("\n")[2]
-        try:
-            header = json.loads(lines[0])
-            if header["format"] != _FORMAT or header["version"] != _VERSION:
-                raise ValueError(f"not {_FORMAT} version {_VERSION}")
-            self.about: dict[str, Any] = header["about"]
-            for line in lines[1:]:
-                found = FeatureExplanation.from_dict(json.loads(line))
-                self.finished[found.index] = found
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise NLAError(f"{path} is no store of explained latents: {error}") from error
+        self._torn = bool(whole_lines(path)[1])
+        header, records = read_lines(path, _FORMAT, FeatureExplanation.from_dict, keep_torn=False)
+        about = header.get("about")
+        if not isinstance(about, dict):
+            raise NLAError(f"{path} does not say what it was made with")
+        self.about: dict[str, Any] = about
+        self.finished = {record.index: record for record in records}
 
     @classmethod
     def open(cls, path: str | Path, about: Mapping[str, Any]) -> FeatureStore:
@@ -258,7 +197,7 @@ class FeatureStore:
         path = Path(path)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_header(about), encoding="utf-8")
+            path.write_text(_FORMAT.header({"about": dict(about)}), encoding="utf-8")
         store = cls(path)
         due = json.loads(json.dumps(dict(about)))
         differs = sorted(k for k in {*due, *store.about} if due.get(k) != store.about.get(k))
@@ -278,12 +217,3 @@ class FeatureStore:
         self.finished[found.index] = found
         file.write(json_line(found))
         file.flush()
-
-
-def json_line(found: FeatureExplanation) -> str:
-    """One latent as a line of JSON."""
-    return json.dumps(found.to_dict(), ensure_ascii=False) + "\n"
-
-
-def _header(about: Mapping[str, Any]) -> str:
-    return json.dumps({"format": _FORMAT, "version": _VERSION, "about": dict(about)}) + "\n"

@@ -186,8 +186,11 @@ class _Reader:
             yield FeatureExplanation(
                 index=index,
                 text=e.text,
+                raw_text=e.raw_text,
+                token_ids=e.token_ids,
                 norm=float(rows_ND[n].norm()),
                 cos=e.cos,
+                mse_nrm=e.mse_nrm,
                 fve_nrm=e.fve_nrm,
                 sign=self.sign,
                 complete=e.complete,

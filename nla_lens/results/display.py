@@ -4,49 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from nla_lens.foreign import harmless
+from nla_lens.results.columns import Kind, in_use
 
 if TYPE_CHECKING:
     import jinja2
-
-    from nla_lens.results.explanation import Explanation
 
 GOOD_FVE, FAIR_FVE = 0.75, 0.5
 """Shown green from the first on (released pairs reach 0.75), red below the second."""
 
 
-def to_table(explanations: Sequence[Explanation], *, title: str | None = None) -> Table:
-    """A terminal table: position, token, explanation, cos, fve_nrm, flags; columns in use only."""
+def to_table(records: Sequence[Any], *, title: str | None = None) -> Table:
+    """A terminal table of explanations, or of other records of one kind; columns in use only."""
     shown = None if title is None else _harmless(title)
     table = Table(title=shown, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    located = any(e.position is not None for e in explanations)
-    scored = any(e.cos is not None for e in explanations)
-    flagged = any(e.flags for e in explanations)
-    if located:
-        table.add_column("pos", justify="right", style="dim")
-        table.add_column("token", style="bold cyan", no_wrap=True)
-    table.add_column("explanation", ratio=1, overflow="fold")
-    if scored:
-        table.add_column("cos", justify="right")
-        table.add_column("fve_nrm", justify="right")
-    if flagged:
-        table.add_column("flags", style="yellow")
-    for e in explanations:
-        row = [_harmless(e.text)]
-        if located:
-            row = [Text("" if e.position is None else str(e.position)), _token(e), *row]
-        if scored:
-            row += [_number(e.cos), _number(e.fve_nrm, colour=True)]
-        if flagged:
-            row.append(Text(" ".join(e.flags)))
-        table.add_row(*row)
+    columns = in_use(records)
+    for column in columns:
+        table.add_column(column.name, **_SET[column.kind])
+    for record in records:
+        table.add_row(*(_cell(column.kind, column.value(record)) for column in columns))
     return table
+
+
+_SET: Final[dict[Kind, dict[str, Any]]] = {
+    "place": {"justify": "right", "style": "dim"},
+    "token": {"style": "bold cyan", "no_wrap": True},
+    "text": {"ratio": 1, "overflow": "fold"},
+    "number": {"justify": "right"},
+    "score": {"justify": "right"},
+    "flags": {"style": "yellow"},
+}
 
 
 def _harmless(text: str) -> Text:
@@ -54,34 +47,37 @@ def _harmless(text: str) -> Text:
     return Text(harmless(text))
 
 
-def _token(e: Explanation) -> Text:
-    return Text("" if e.token is None else repr(e.token)[1:-1])
-
-
-def _number(value: float | None, *, colour: bool = False) -> Text:
+def _cell(kind: Kind, value: Any) -> Text:
+    if kind in ("number", "score"):
+        style = _STYLES[_grade(value)] if kind == "score" and value is not None else ""
+        return Text("–", style="dim") if value is None else Text(f"{value:.2f}", style=style)
     if value is None:
-        return Text("–", style="dim")
-    style = {"good": "green", "fair": "yellow", "poor": "red"}[_grade(value)] if colour else ""
-    return Text(f"{value:.2f}", style=style)
+        return Text("")
+    if kind == "token":
+        return Text(repr(value)[1:-1])
+    return _harmless(" ".join(value) if kind == "flags" else str(value))
+
+
+_STYLES: Final = {"good": "green", "fair": "yellow", "poor": "red"}
 
 
 def _grade(fve: float) -> str:
     return "good" if fve >= GOOD_FVE else "fair" if fve >= FAIR_FVE else "poor"
 
 
-def to_html(explanations: Sequence[Explanation], *, whole_page: bool) -> str:
+def to_html(records: Sequence[Any], *, whole_page: bool) -> str:
     """The same table as HTML; every text is escaped by the template engine.
 
     Args:
-        explanations: In the order they are shown.
+        records: In the order they are shown.
         whole_page: A page of its own, rather than a fragment for a notebook.
     """
     return _template().render(
-        explanations=explanations,
+        records=records,
+        columns=in_use(records),
         whole_page=whole_page,
-        grade=lambda e: "" if e.fve_nrm is None else _grade(e.fve_nrm),
-        scored=any(e.cos is not None for e in explanations),
-        located=any(e.position is not None for e in explanations),
+        grade=lambda score: "" if score is None else _grade(score),
+        labelled=any(record.label is not None for record in records),
     )
 
 
