@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import nla_lens
-from nla_lens import NLA, block_reader
-from nla_lens.models import onednn
+from nla_lens import NLA
+from nla_lens.models import block_reader, onednn
 from nla_lens.models.anatomy import text_model
 from nla_lens.models.batching import padded_batches, right_padded
 from nla_lens.models.block_reader import BlockReader, common_prefix

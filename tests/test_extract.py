@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nla_lens
-from nla_lens import NLA, NLAError, ResidualTensor, hf_source
+from nla_lens import NLA, NLAError, ResidualTensor
 from nla_lens.models.anatomy import text_model
+from nla_lens.stream import hf_source
 
 from .checkpoints import FAMILIES, build_pair, build_source
 from .checkpoints.configs import SLIDING_WINDOW
