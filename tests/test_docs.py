@@ -3,11 +3,14 @@
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .test_rooms import house
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -101,3 +104,77 @@ def test_the_table_of_releases_is_the_one_in_the_code() -> None:
         name = release.stem if release.ar else release.av
         row = next(line for line in README.splitlines() if f"`{name}`" in line)
         assert release.source_model in row and f"| {release.layer} |" in row
+
+
+# --- what is written down, here and in docstrings, is where it says -------------------------------
+
+WRITTEN = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tests/README.md", "Makefile")),
+    *(
+        path
+        for folder in ("nla_lens", "adapters", "tutorials", "benchmarks", "tests/outside_package")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".ipynb", ".md", ".toml", ".txt")
+    ),
+]
+TESTS = {path.name: path for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+def names_nothing(name: str, modules: dict[str, str]) -> bool:
+    """Whether a dotted name of ours is neither a module nor stands in the one it begins with."""
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        module = ".".join(parts[:n])
+        if module in modules:
+            return n < len(parts) and not re.search(rf"\b{parts[n]}\b", modules[module])
+        # A package without an `__init__`, or a group of entry points.
+        if n == len(parts) and any(m.startswith(f"{module}.") for m in modules):
+            return False
+    return True
+
+
+def test_names_of_ours_lead_somewhere() -> None:
+    modules = house()
+    # Names of loggers, file formats and entry points stand somewhere by themselves.
+    others = set(re.findall(r'"(nla_lens(?:\.\w+)+)"', "".join(modules.values())))
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in WRITTEN
+        for name in re.findall(r"\bnla_lens(?:\.\w+)+", path.read_text(encoding="utf-8"))
+        if name not in others | {"nla_lens.egg"} and names_nothing(name, modules)
+    ]
+    assert not wrong, "\n".join(wrong)
+    gone = ("flags", "verbalizer", "results.flaggs", "cli.main.gone", "stream.residual.Orgin")
+    assert all(names_nothing(f"nla_lens.{name}", modules) for name in gone)
+
+
+def test_files_that_are_named_are_there() -> None:
+    rooms = [ROOT, ROOT / "nla_lens", ROOT / "adapters", ROOT / "tests"]
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in WRITTEN
+        if path.suffix == ".md"
+        for name in re.findall(r"`([\w/.*]+\.py)", path.read_text(encoding="utf-8"))
+        if not any(any(room.glob(name)) for room in [path.parent, *rooms])
+        and not any((ROOT / "nla_lens").rglob(name))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_list_of_tests_is_whole() -> None:
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    table = text[: text.index("## Traps")]
+    listed = re.findall(r"`(test_[\w*]+\.py)`", table)
+    here = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+    assert [name for name in here if not any(fnmatch(name, each) for each in listed)] == []
+    assert [each for each in listed if not any(fnmatch(name, each) for name in here)] == []
+
+
+def test_the_tests_that_are_named_are_there() -> None:
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    file, wrong = None, []
+    for name, test in re.findall(r"`(test_\w+\.py)?(?:::(\w+))?", text):
+        file = name or file
+        if test and file and f"def {test}(" not in TESTS[file].read_text(encoding="utf-8"):
+            wrong.append(f"{file}::{test}")
+    assert not wrong, "\n".join(wrong)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 
 import networkx
 import pytest
@@ -16,7 +17,7 @@ from .test_packaging import REPO, imported
 
 ROOMS: list[set[str]] = [
     {"nla_lens.errors"},
-    {"nla_lens.checks", "nla_lens.foreign", "nla_lens.progress"},
+    {"nla_lens.checks", "nla_lens.foreign", "nla_lens.plugins", "nla_lens.progress"},
     {"nla_lens.models"},
     {"nla_lens.stream"},
     {"nla_lens.checkpoints"},
@@ -38,6 +39,7 @@ def room_of(module: str) -> str:
     return max((r for r in FLOORS if f"{module}.".startswith(f"{r}.")), key=len)
 
 
+@cache
 def house() -> Files:
     """Every module of the package."""
     found = {}
@@ -51,13 +53,19 @@ def house() -> Files:
     return found
 
 
+@cache
+def names_in(source: str, package: str) -> frozenset[str]:
+    """Everything that a module imports; read once for all tests."""
+    return frozenset(name for _, name in imported(ast.parse(source), package))
+
+
 def arrows(files: Files) -> set[tuple[str, str]]:
     """Who imports whom, as modules; `from a import b` goes to `a.b` where that is a module."""
     found = set()
     for module, source in files.items():
         is_package = any(other.startswith(f"{module}.") for other in files)
         package = module if is_package else module.rpartition(".")[0]
-        named = {name for _, name in imported(ast.parse(source), package)} & files.keys()
+        named = names_in(source, package) & files.keys()
         whole = {name for name in named if any(n.startswith(f"{name}.") for n in named)}
         found |= {(module, name) for name in named - whole - {module}}
     return found

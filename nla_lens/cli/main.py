@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import EntryPoint, entry_points
-from typing import Final
+from typing import Any, Final
 
 import click
 
 from nla_lens.errors import NLAError
 from nla_lens.foreign import harmless
+from nla_lens.plugins import load_plugin
 
 _GROUP: Final = "nla_lens.commands"
 _OWN: Final = [
@@ -25,8 +26,24 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         entry = _known().get(cmd_name)
-        command: click.Command | None = None if entry is None else entry.load()
+        if entry is None:
+            return None
+        try:
+            command: click.Command = load_plugin(entry)
+        except NLAError as error:
+            return _Unusable(cmd_name, error)
         return command
+
+
+class _Unusable(click.Command):
+    """Stands for a command that cannot be loaded, so that the others are listed and work."""
+
+    def __init__(self, name: str, error: NLAError) -> None:
+        super().__init__(name, short_help="(cannot be loaded)")
+        self._error = error
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        raise self._error
 
 
 def _known() -> dict[str, EntryPoint]:

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any, Final
 
 from nla_lens.errors import NLAError
+from nla_lens.plugins import load_plugin
 from nla_lens.stream.explainer import Explainer, check_nla
 
 GROUP: Final = "nla_lens.adapters"
@@ -84,11 +85,15 @@ def attach(model: Any, nla: Explainer) -> Probe:
 
 
 def find_adapter(model: Any) -> Any | None:
-    """The adapter module for a model's framework, None if there is none."""
+    """The adapter module for a model's framework, None if there is none.
+
+    Raises:
+        NLAError: There is one that cannot be imported.
+    """
     packages = {base.__module__.split(".")[0] for base in type(model).__mro__}
     for entry in entry_points(group=GROUP):
         if entry.name in packages:
-            return entry.load()
+            return load_plugin(entry)
     return None
 
 
@@ -96,8 +101,8 @@ def adapter_of(framework: str) -> Any:
     """The adapter module for a framework, by its package's name.
 
     Raises:
-        NLAError: No adapter of that name is installed.
+        NLAError: No adapter of that name is installed, or it cannot be imported.
     """
     for entry in entry_points(group=GROUP, name=framework):
-        return entry.load()
+        return load_plugin(entry)
     raise NLAError(f"no adapter for {framework} is installed; pip install 'nla-lens[{framework}]'")
