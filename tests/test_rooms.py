@@ -18,6 +18,7 @@ from .test_packaging import REPO, imported
 ROOMS: list[set[str]] = [
     {"nla_lens.errors"},
     {"nla_lens.checks", "nla_lens.foreign", "nla_lens.plugins", "nla_lens.progress"},
+    {"nla_lens.disk"},
     {"nla_lens.models"},
     {"nla_lens.stream"},
     {"nla_lens.checkpoints"},

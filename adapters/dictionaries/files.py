@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from nla_lens.adapters.dictionaries.dictionary import Dictionary, DictionaryConfig, Matrix
 from nla_lens.adapters.dictionaries.stored_tensors import StoredTensor, open_tensors
 from nla_lens.checks import is_int
+from nla_lens.disk import reading
 from nla_lens.errors import NLAError
 
 
@@ -133,12 +133,4 @@ def read_json(path: Path) -> Mapping[str, Any]:
     Raises:
         NLAError: Unreadable, or no object.
     """
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise NLAError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, Mapping):
-        raise NLAError(f"{path} must hold an object, found {type(found).__name__}")
-    return found
+    return reading.read_json(path) if path.exists() else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Final
 
 from nla_lens.checkpoints.releases import TINY_DIR, find_release
 from nla_lens.checkpoints.sidecar import SIDECAR_NAME, Role, Sidecar, read_sidecar
+from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError
 from nla_lens.models.lora import CONFIG_NAME
 
@@ -52,12 +52,7 @@ class Checkpoint:
         path = self.path / "config.json"
         if self.is_adapter and not path.is_file():
             return {}
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise NLAError(f"{path} cannot be read: {error}") from error
-        if not isinstance(config, Mapping):
-            raise NLAError(f"{path} must hold an object, found {type(config).__name__}")
+        config = read_json(path)
         nested = config.get("text_config")
         return nested if isinstance(nested, Mapping) else config
 

@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import yaml
-
 from nla_lens.checkpoints.releases import RULES, Rule
+from nla_lens.disk.reading import read_yaml
 from nla_lens.errors import NLAError
 
 SIDECAR_NAME: Final = "nla_meta.yaml"
 _MAX_BYTES: Final = 250_000
-_MAX_DEPTH: Final = 20
 _SCHEMAS: Final = (1, 2)
 SCALES: Final = (1e-15, 1e15)
 """Squares of norms outside leave float32's range."""
@@ -79,23 +77,6 @@ class Sidecar:
     stage: str | None = field(default=None, compare=False)
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """A safe loader without aliases (a kilobyte of them can stand for gigabytes) or deep nests."""
-
-    _depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("YAML aliases are not accepted in a sidecar")
-        self._depth += 1
-        try:
-            if self._depth > _MAX_DEPTH:
-                raise yaml.YAMLError(f"nested deeper than {_MAX_DEPTH} levels")
-            return super().compose_node(parent, index)
-        finally:
-            self._depth -= 1
-
-
 def read_sidecar(directory: Path) -> Sidecar:
     """Reads `directory/nla_meta.yaml`.
 
@@ -108,30 +89,12 @@ def read_sidecar(directory: Path) -> Sidecar:
 
 
 def _load_yaml(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise NLAError(
             f"no {SIDECAR_NAME} in {path.parent}: not an NLA checkpoint, or one whose sidecar was "
             "left behind; ask whoever made it for the file"
         )
-    if path.stat().st_size > _MAX_BYTES:
-        raise NLAError(
-            f"{path} has {path.stat().st_size} bytes; a sidecar has at most {_MAX_BYTES}"
-        )
-    try:
-        # _PlainLoader is a SafeLoader.
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
-    except OSError as error:
-        raise NLAError(f"{path} cannot be read: {error}") from error
-    # PyYAML's constructors raise ValueError, AttributeError and the like on odd scalars.
-    except Exception as error:
-        raise NLAError(f"{path} cannot be read as YAML: {_one_line(error)}") from error
-    if not isinstance(loaded, Mapping):
-        raise NLAError(f"{path} must hold a mapping, found {type(loaded).__name__}")
-    return loaded
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return read_yaml(path, most_bytes=_MAX_BYTES, what="a sidecar")
 
 
 def parse_sidecar(raw: Mapping[str, Any], path: Path) -> Sidecar:

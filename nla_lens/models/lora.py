@@ -7,12 +7,12 @@ full model; into a quantized base it is not merged, since that would round it aw
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import warnings
 from pathlib import Path
 from typing import Any, Final
 
+from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError
 
 CONFIG_NAME: Final = "adapter_config.json"
@@ -29,10 +29,9 @@ def adapter_base(path: str | Path) -> str | None:
     if not config_path.is_file():
         return None
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        base = config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise NLAError(f"{config_path} does not name a base model: {error!r}") from error
+        base = read_json(config_path)["base_model_name_or_path"]
+    except (NLAError, KeyError) as error:
+        raise NLAError(f"{config_path} does not name a base model: {error}") from error
     if not isinstance(base, str) or not base:
         raise NLAError(f"{config_path}: base_model_name_or_path is {base!r}; expected a name")
     if not (Path(path) / WEIGHTS_NAME).is_file():

@@ -13,6 +13,11 @@ from typing import TYPE_CHECKING, Any
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import remove_final_norm, text_model, truncate
 from nla_lens.models.lora import adapter_base, merge_adapter
+from nla_lens.models.small_files import (
+    check_config,
+    check_generation_config,
+    check_tokenizer_config,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +32,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         path = base
 
     with _clear_errors(path, "tokenizer"):
+        check_tokenizer_config(path)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(path), trust_remote_code=trust_remote_code
         )
@@ -53,6 +59,8 @@ def load_causal_lm(
 
     placing = (dtype, device, device_map, quantization_config, trust_remote_code)
     base = adapter_base(path)
+    with _clear_errors(base or path, "generation_config.json"):
+        check_generation_config(base or path)
     options = {"config": _load_config(base or path, trust_remote_code)}
     model = _load(AutoModelForCausalLM, base or path, options, *placing, may_miss=())
     return model if base is None else _frozen(merge_adapter(model, path))
@@ -111,6 +119,7 @@ def load_configs(path: str | Path, *, trust_remote_code: bool = False) -> tuple[
 
     config = _load_config(path, trust_remote_code)
     with _clear_errors(path, "generation_config.json"):
+        check_generation_config(path)
         if (Path(path) / "generation_config.json").is_file():
             return config, GenerationConfig.from_pretrained(str(path))
         return config, GenerationConfig.from_model_config(config)
@@ -120,6 +129,7 @@ def _load_config(path: str | Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, __version__
 
     with _clear_errors(path, "config.json"):
+        check_config(path)
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         if int(__version__.split(".")[0]) < 5:
             _read_rope_parameters(getattr(config, "text_config", None) or config)

@@ -30,6 +30,7 @@ from nla_lens.engines.ndif.versions import described
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import text_model
 from nla_lens.models.placement import Placement
+from nla_lens.models.small_files import check_generation_config
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_tokenizer
 
@@ -271,6 +272,7 @@ def _eos_ids(checkpoint: Checkpoint, model: Any) -> frozenset[int]:
     """As where the weights are: a model built from its config has no generation_config."""
     from transformers import GenerationConfig
 
+    check_generation_config(checkpoint.path)
     if (checkpoint.path / "generation_config.json").is_file():
         found = GenerationConfig.from_pretrained(str(checkpoint.path)).eos_token_id
         if found is not None:

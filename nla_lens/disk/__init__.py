@@ -1,0 +1,1 @@
+"""Files on this machine: the one reader of strangers' small files, the one writer of ours."""
