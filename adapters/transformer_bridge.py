@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.adapters.transformer_bridge_run import Run
+from nla_lens.engines.local.transformer_lens import hook_output
 from nla_lens.errors import NLAError
 from nla_lens.models.block_reader import may_cut
+from nla_lens.models.passes import OwnPass
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.nla import NLA
 from nla_lens.stream.explainer import check_fit
@@ -94,7 +96,7 @@ def as_source(model: Any, tokenizer: Any = None) -> TransformerLensSource:
 
 
 class TransformerLensSource:
-    """Reads the residual stream by `run_with_cache` with `stop_at_layer`.
+    """Reads the residual stream at its hook points, in a pass that ends there.
 
     Attributes:
         tokenizer: The model's own, or the caller's.
@@ -125,18 +127,9 @@ class TransformerLensSource:
                 f"{self.model.cfg.n_layers} blocks"
             )
 
-    @torch.inference_mode()
     def resid(self, ids_BT: Tensor, place: ResidPost) -> Tensor:
         """`[B, T, d]`; blocks after `place.layer` do not run."""
-        _, cache = self.model.run_with_cache(
-            ids_BT.to(self.model.cfg.device),
-            return_type=None,
-            return_cache_object=False,
-            names_filter=place.name,
-            stop_at_layer=place.n_blocks,
-        )
-        resid_BTD: Tensor = cache[place.name]
-        return resid_BTD
+        return hook_output(self.model, place.name, ids_BT)
 
     @torch.inference_mode()
     def go_on(self, ids: Sequence[int], n: int) -> list[int]:
@@ -144,7 +137,8 @@ class TransformerLensSource:
         ends, grown = self._eos_ids(), list(ids)
         for _ in range(n):
             ids_BT = torch.tensor([grown], device=self.model.cfg.device)
-            chosen = int(self.model(ids_BT, return_type="logits")[0, -1].float().argmax())
+            with OwnPass(self.model):
+                chosen = int(self.model(ids_BT, return_type="logits")[0, -1].float().argmax())
             if chosen in ends:
                 break
             grown.append(chosen)

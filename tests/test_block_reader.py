@@ -18,6 +18,7 @@ from nla_lens.models import block_reader, onednn
 from nla_lens.models.anatomy import text_model
 from nla_lens.models.batching import padded_batches, right_padded
 from nla_lens.models.block_reader import BlockReader, common_prefix
+from nla_lens.models.passes import has_hooks
 
 from .checkpoints import EXPLANATIONS, FAMILIES, build_source
 from .checkpoints.configs import SLIDING_WINDOW
@@ -227,13 +228,13 @@ def test_a_models_own_hooks_see_whole_texts(whole) -> None:
 def test_transformers_own_hooks_do_not_count(whole) -> None:
     model = whole("qwen3")
     model(torch.tensor([[1, 2]]), output_hidden_states=True)
-    assert not block_reader.has_hooks(model)
+    assert not has_hooks(model)
 
 
 def test_no_hook_is_left(whole) -> None:
     model = whole("llama")
     BlockReader(model, 3).read(prompts_of([30, 30]), [[4], [29]])
-    assert not block_reader.has_hooks(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_extract_cuts_and_pads_wide_models(whole, source_dir, nla: NLA) -> None:

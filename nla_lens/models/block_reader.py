@@ -12,17 +12,17 @@ What is left out changes nothing that is asked for: a decoder's tokens do not se
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import input_device, text_model
 from nla_lens.models.batching import padded_batches, right_padded
 from nla_lens.models.kv_cache import empty_cache, repeated
 from nla_lens.models.onednn import ByOneDNN
+from nla_lens.models.passes import OwnPass, has_hooks
 
 _BY_TOKEN: Final = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
 """Parts of a block that read each token by itself; keys and values are needed for all tokens."""
@@ -34,14 +34,8 @@ _PASS: Final = 40
 """What a pass of its own costs, in tokens."""
 WIDE: Final = 256
 """Widths under which products are too small to be worth another way of computing them."""
-
-
-class _ReachedBlock(Exception):
-    """Carries the residual stream out of a forward pass that need not go on."""
-
-    def __init__(self, resid_BTD: Tensor) -> None:
-        super().__init__("the asked-for block has run")
-        self.resid_BTD = resid_BTD
+Tokens: TypeAlias = "tuple[Tensor, Tensor]"
+"""Rows and columns of N tokens in a pass."""
 
 
 class BlockReader:
@@ -97,28 +91,29 @@ class BlockReader:
         self._prefix = None
 
     @torch.inference_mode()
-    def run(self, ids_BT: Tensor, past: Any = None) -> Tensor:
+    def run(self, ids_BT: Tensor, past: Any = None, only: Tokens | None = None) -> Tensor:
         """The block's output at every token, `[B, T, d]`; later blocks do not run.
+
+        Args:
+            ids_BT: Token ids.
+            past: A cache of what stands before them.
+            only: The tokens whose output is asked for; elsewhere it may be anything. None: all.
 
         Raises:
             NLAError: The block did not run.
         """
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            raise _ReachedBlock(output[0] if isinstance(output, tuple) else output)
-
-        device = input_device(self._model)
-        handle = self._block.register_forward_hook(hook)
-        try:
-            with self._by_onednn if self._width >= WIDE else contextlib.nullcontext():
-                self._stack(
-                    input_ids=ids_BT.to(device), past_key_values=past, use_cache=past is not None
-                )
-        except _ReachedBlock as reached:
-            return reached.resid_BTD
-        finally:
-            handle.remove()
-        raise NLAError(f"the block to be read did not run in a pass of {type(self._model)}")
+        fast = self._by_onednn if self._width >= WIDE else contextlib.nullcontext()
+        ids_BT = ids_BT.to(input_device(self._model))
+        with OwnPass(self._stack) as own_pass, fast:
+            only_tokens(own_pass, self._block, ids_BT.shape, only)
+            output: Any = own_pass.output_of(
+                self._block,
+                lambda: self._stack(
+                    input_ids=ids_BT, past_key_values=past, use_cache=past is not None
+                ),
+            )
+        return output[0] if isinstance(output, tuple) else output
 
     def _read_batch(
         self, prompts: Sequence[list[int]], positions: Sequence[list[int]], past: Any
@@ -128,8 +123,7 @@ class BlockReader:
         rows_N = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))
         at_N = torch.tensor([p for at in positions for p in at], dtype=torch.long)
         few = self._width >= WIDE and 2 * len(at_N) <= ids_BT.numel()
-        with only_tokens(self._block if few else None, ids_BT.shape, rows_N, at_N):
-            resid_BTD = self.run(ids_BT, past)
+        resid_BTD = self.run(ids_BT, past, (rows_N, at_N) if few else None)
         here = resid_BTD.device
         # Copies, so that a token that is kept does not keep the whole batch in memory.
         return [part.clone() for part in resid_BTD[rows_N.to(here), at_N.to(here)].split(counts)]
@@ -173,29 +167,23 @@ class BlockReader:
         return kept or ([], None)
 
 
-@contextlib.contextmanager
 def only_tokens(
-    block: nn.Module | None, shape: Sequence[int], rows_N: Tensor, at_N: Tensor
-) -> Iterator[None]:
-    """While it lasts, the parts of a block that read tokens one by one run for N of them alone.
+    own_pass: OwnPass, block: nn.Module, shape: Sequence[int], tokens: Tokens | None
+) -> None:
+    """In a pass, the parts of a block that read tokens one by one run for N of them alone.
 
     The others get zeros, so that the block's output is right for the N tokens and no others.
 
     Args:
-        block: A decoder block; None: nothing is changed.
+        own_pass: The pass.
+        block: A decoder block.
         shape: `[B, T]` of the pass.
-        rows_N: Their rows.
-        at_N: Their columns.
+        tokens: Their rows and columns; None: nothing is changed.
     """
-    parts = [_part(block, path) for path in _BY_TOKEN]
-    handles = []
-    for part in filter(None, parts):
-        handles += _narrowed(part, tuple(shape), rows_N, at_N)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    if tokens is None:
+        return
+    for part in filter(None, (_part(block, path) for path in _BY_TOKEN)):
+        _narrow(own_pass, part, tuple(shape), tokens)
 
 
 def _part(block: Any, path: str) -> nn.Module | None:
@@ -204,9 +192,10 @@ def _part(block: Any, path: str) -> nn.Module | None:
     return block if isinstance(block, nn.Module) else None
 
 
-def _narrowed(part: nn.Module, shape: tuple[int, ...], rows_N: Tensor, at_N: Tensor) -> list[Any]:
-    """Hooks that hand a module N tokens and put its answers back where they belong."""
-    here: list[tuple[Tensor, Tensor]] = []
+def _narrow(own_pass: OwnPass, part: nn.Module, shape: tuple[int, ...], tokens: Tokens) -> None:
+    """Hands a module N tokens and puts its answers back where they belong."""
+    rows_N, at_N = tokens
+    here: list[Tokens] = []
 
     def pick(module: nn.Module, args: tuple[Any, ...]) -> Any:
         here.clear()
@@ -223,10 +212,11 @@ def _narrowed(part: nn.Module, shape: tuple[int, ...], rows_N: Tensor, at_N: Ten
             return (_scattered(output[0], shape, here[0]), *output[1:])
         return _scattered(output, shape, here[0])
 
-    return [part.register_forward_pre_hook(pick), part.register_forward_hook(put_back)]
+    own_pass.pre_hook(part, pick)
+    own_pass.hook(part, put_back)
 
 
-def _scattered(found_1ND: Tensor, shape: tuple[int, ...], at: tuple[Tensor, Tensor]) -> Tensor:
+def _scattered(found_1ND: Tensor, shape: tuple[int, ...], at: Tokens) -> Tensor:
     out_BTD = found_1ND.new_zeros(*shape, found_1ND.shape[-1])
     out_BTD[at] = found_1ND[0]
     return out_BTD
@@ -243,15 +233,6 @@ def may_cut(model: nn.Module, width: int) -> bool:
         width: Its d_model.
     """
     return width >= WIDE and not has_hooks(model)
-
-
-def has_hooks(model: nn.Module) -> bool:
-    """Whether somebody's hooks act on a model; those that transformers keeps there only look."""
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith("transformers.")
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    )
 
 
 def common_prefix(prompts: Sequence[list[int]]) -> list[int]:

@@ -7,6 +7,7 @@ EPYC (Zen 5), and no slower for one row. Both sum in float32, in another order.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Final
@@ -14,13 +15,30 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from nla_lens.models.passes import OwnPass, current_pass
+
 _WORTH_A_CALL: Final = 2**18
 """Multiplications of a product under which oneDNN's longer way in costs more than it saves."""
+
+
+class _Here(threading.local):
+    """Where a thread multiplies by oneDNN.
+
+    Attributes:
+        passes: The passes that entered a `ByOneDNN`, the innermost last; None for none of ours.
+    """
+
+    def __init__(self) -> None:
+        self.passes: list[OwnPass | None] = []
+
+
+_here = _Here()
 
 
 class ByOneDNN:
     """The linear layers of a model; while it is entered they multiply by oneDNN.
 
+    They do so in the thread that entered it, and there in the pass of ours that it is in, if any.
     Layers that somebody gave a `forward` of their own, or another class, stay as they are. Where
     oneDNN is no faster, nothing changes.
 
@@ -33,6 +51,7 @@ class ByOneDNN:
         model: A model on any device; only products on a CPU are concerned.
         """
         self._layers: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
+        self._n_entered = 0
         if is_faster():
             self._layers = [
                 (module, partial(_forward, module))
@@ -41,17 +60,26 @@ class ByOneDNN:
             ]
 
     def __enter__(self) -> None:
+        _here.passes.append(current_pass())
+        self._n_entered += 1
         for layer, forward in self._layers:
             layer.__dict__.setdefault("forward", forward)
 
     def __exit__(self, *exc: object) -> None:
+        _here.passes.pop()
+        self._n_entered -= 1
+        if self._n_entered:
+            return
         for layer, forward in self._layers:
             if layer.__dict__.get("forward") is forward:
                 del layer.__dict__["forward"]
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
-    return linear(x, layer.weight, layer.bias)
+    passes = _here.passes
+    if passes and passes[-1] is current_pass() and (passes[-1] is None or passes[-1].acts()):
+        return linear(x, layer.weight, layer.bias)
+    return nn.functional.linear(x, layer.weight, layer.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import input_device, text_model
 from nla_lens.models.block_reader import BlockReader
+from nla_lens.models.passes import OwnPass
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_backbone, load_causal_lm, load_tokenizer
 from nla_lens.stream.hook_point import ResidPost
@@ -71,7 +72,8 @@ class HFSource:
         ends, written = find_eos_ids(self.model), []
         step, cache = torch.tensor([list(ids)], device=input_device(self.model)), None
         for _ in range(n):
-            out = self.model(input_ids=step, past_key_values=cache, use_cache=True)
+            with OwnPass(self.model):
+                out = self.model(input_ids=step, past_key_values=cache, use_cache=True)
             cache, chosen = out.past_key_values, int(out.logits[0, -1].float().argmax())
             if chosen in ends:
                 break

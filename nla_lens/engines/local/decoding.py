@@ -26,6 +26,7 @@ from nla_lens.engines.local.sampling import Sampler
 from nla_lens.errors import NLAError
 from nla_lens.models.batching import choose_batch_size
 from nla_lens.models.kv_cache import empty_cache, joined, n_shared, repeated, select, shared
+from nla_lens.models.passes import OwnPass
 
 _WORTH_A_COPY: Final = 8
 """Rows join when one place in this many is free: that copies the cache."""
@@ -215,12 +216,13 @@ class Decoder:
         )
 
     def _prefix_of(self, job: Job) -> Any:
-        ids = tuple(job.prompt_ids[: job.marker])
-        if self._prefix is None or self._prefix[0] != ids:
+        ids, kept = tuple(job.prompt_ids[: job.marker]), self._prefix
+        if kept is None or kept[0] != ids:
             cache = empty_cache()
             self._forward.run(self._ids([list(ids)]), cache)
-            self._prefix = ids, cache
-        return self._prefix[1]
+            # Another thread may keep that of another prompt at any time.
+            kept = self._prefix = ids, cache
+        return kept[1]
 
     @torch.inference_mode()
     def _step(self, flight: _Flight, job: Job) -> Tensor:
@@ -258,7 +260,9 @@ class LocalVerbalizer:
     def embed(self, ids: Sequence[int]) -> Tensor:
         """What enters block 0, `[T, d]` float32; Gemma's sqrt(d) is applied by its own module."""
         ids_1T = torch.tensor([list(ids)], device=self._device)
-        embedded: Tensor = self._lm.get_input_embeddings()(ids_1T)[0]
+        # In a pass, so that another's hooks do not act on it.
+        with OwnPass(self._lm):
+            embedded: Tensor = self._lm.get_input_embeddings()(ids_1T)[0]
         return embedded.float().cpu()
 
     def can_share(self, n_columns: int) -> bool:

@@ -20,6 +20,7 @@ from nla_lens.engines.local.transformers import adapter_blocks
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import text_model
 from nla_lens.models.batching import length_batches
+from nla_lens.models.passes import OwnPass
 from nla_lens.models.placement import Placement
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_backbone, load_causal_lm
@@ -83,12 +84,15 @@ class TransformerLensVerbalizer(LocalVerbalizer):
     ) -> Tensor:
         """See `decoding.Forward`."""
 
-        def hook(resid_BTD: Tensor, hook: Any) -> Tensor:
-            return self._inject(resid_BTD, injected_BD, 0)  # type: ignore[arg-type]
-
         masked = {} if mask_BL is None else {"attention_mask": mask_BL.long()}
         placed = {} if positions_BT is None else {"position_ids": positions_BT}
-        with self.bridge.hooks(fwd_hooks=[] if injected_BD is None else [(self._hook_name, hook)]):
+        with OwnPass(self.bridge) as own_pass:
+            if injected_BD is not None:
+                # A hook of torch's: those of `add_hook` another thread may reset.
+                own_pass.hook(
+                    self.bridge.hook_dict[self._hook_name],
+                    lambda _, args, resid_BTD: self._inject(resid_BTD, injected_BD, 0),
+                )
             logits_BTV, _ = self.bridge(
                 ids_BT,
                 return_type="logits_and_cache",
@@ -117,12 +121,23 @@ class TransformerLensReconstructor:
         """`[n, d]` float32; only prompts of equal length share a batch, so nothing is padded."""
         out_ND = torch.empty(len(prompts), self.bridge.cfg.d_model)
         for rows in length_batches([len(p) for p in prompts], torch.device("cpu")):
-            ids_BT = torch.tensor([list(prompts[r]) for r in rows], device=self.bridge.cfg.device)
-            _, cache = self.bridge.run_with_cache(
-                ids_BT, return_type=None, return_cache_object=False, names_filter=self._last
-            )
-            out_ND[rows] = cache[self._last][:, -1].float().cpu()
+            ids_BT = torch.tensor([list(prompts[r]) for r in rows])
+            out_ND[rows] = hook_output(self.bridge, self._last, ids_BT)[:, -1].float().cpu()
         return out_ND
+
+
+@torch.inference_mode()
+def hook_output(model: Any, name: str, ids_BT: Tensor) -> Tensor:
+    """What passes a hook point, behind all hooks on it; nothing that comes after it runs.
+
+    Not by `run_with_cache`: the hooks that it sets act on other threads' passes, too.
+    """
+    with OwnPass(model) as own_pass:
+        found: Tensor = own_pass.output_of(
+            model.hook_dict[name],
+            lambda: model(ids_BT.to(model.cfg.device), return_type=None),
+        )
+    return found
 
 
 def as_text_lm(stack: Any, lm_head: nn.Module | None = None) -> Any:

@@ -17,6 +17,7 @@ from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import input_device, text_model
 from nla_lens.models.block_reader import BlockReader
 from nla_lens.models.onednn import ByOneDNN
+from nla_lens.models.passes import OwnPass
 from nla_lens.models.placement import Placement
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_backbone, load_causal_lm
@@ -87,7 +88,11 @@ class TransformersVerbalizer(LocalVerbalizer):
         injected_BD: Tensor | None = None,
     ) -> Tensor:
         """See `decoding.Forward`."""
-        with self._injected(injected_BD), self._by_onednn:
+        with (
+            OwnPass(self.model) as own_pass,
+            self._injected(own_pass, injected_BD),
+            self._by_onednn,
+        ):
             out = self.model(
                 input_ids=ids_BT,
                 attention_mask=None if mask_BL is None else mask_BL.long(),
@@ -100,8 +105,8 @@ class TransformersVerbalizer(LocalVerbalizer):
         return logits_BV
 
     @contextlib.contextmanager
-    def _injected(self, vectors_BD: Tensor | None) -> Iterator[None]:
-        """Injects at the first token while it lasts; other passes are never touched."""
+    def _injected(self, own_pass: OwnPass, vectors_BD: Tensor | None) -> Iterator[None]:
+        """Injects at the first token of a pass."""
         if vectors_BD is None:
             yield
             return
@@ -114,11 +119,8 @@ class TransformersVerbalizer(LocalVerbalizer):
             injected = inject(resid_BTD, vectors_BD, 0)
             return (injected, *output[1:]) if isinstance(output, tuple) else injected
 
-        handle = self._place.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
+        own_pass.hook(self._place, hook)
+        yield
         if len(fired) != 1:
             raise NLAError(
                 f"the injection hook on {type(self._place).__name__} fired {len(fired)} times "
