@@ -9,6 +9,7 @@ Anything less plain, such as invokes or steps of a generation, comes back as ord
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ from nnsight.intervention.envoy import Envoy
 from torch import Tensor
 
 from nla_lens.adapters.nnsight_run import Recorder, where_of_pass
+from nla_lens.engines.ndif.results import MOST_BYTES, read_result
+from nla_lens.engines.ndif.wire import read_response
+from nla_lens.errors import NLARemoteError
 from nla_lens.stream.residual import Origin, ResidualTensor
 
 
@@ -29,9 +33,33 @@ class ExplainingBackend:
 
     nla_recorder: Recorder
 
+    def finalize(self, content: bytes) -> Any:
+        """See `RemoteBackend.finalize`, which would run a server's code."""
+        # nnsight's own compression of real numbers saves little.
+        most_bytes = getattr(self, "most_bytes", max(MOST_BYTES, 64 * len(content)))
+        with _beside_a_probe():
+            return read_result(content, compressed=self.compress, most_bytes=most_bytes)  # type: ignore[attr-defined]
+
+    def parse(self, message: str | bytes) -> Any:
+        """See `RemoteBackend.parse`, which would run a server's code."""
+        with _beside_a_probe():
+            return read_response(message, getattr(self, "most_bytes", MOST_BYTES))
+
     def _push(self, result: dict[str, Any], tracer: Any) -> None:
         result |= _explainable(result, tracer, self.nla_recorder)
         super()._push(result, tracer)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _beside_a_probe() -> Iterator[None]:
+    try:
+        yield
+    except NLARemoteError as error:
+        raise NLARemoteError(
+            f"{error}. (The model has a probe; without one, nnsight takes whatever a server sends, "
+            "and runs the code in it.)",
+            cause=error.cause,
+        ) from None
 
 
 def explaining(backend: Any, recorder: Recorder) -> Any:

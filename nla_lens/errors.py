@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from nla_lens.foreign import harmless
+
 
 class NLAError(ValueError):
     """Something a caller can put right: says what was wrong, where, and what to do.
@@ -19,6 +21,10 @@ class NLAError(ValueError):
 
     explanations: Sequence[Any] | None = None
     later: Mapping[int, Any] = MappingProxyType({})
+
+    def __init__(self, message: str = "") -> None:
+        # It may quote a stranger's file or server, and is shown on terminals.
+        super().__init__(harmless(str(message)))
 
 
 class NLARemoteError(NLAError):
@@ -40,3 +46,6 @@ class NLARemoteError(NLAError):
 
 class NLAWarning(UserWarning):
     """Nothing failed, but the result may not mean what it seems to mean."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(harmless(str(message)))

@@ -113,6 +113,11 @@ def name_of(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+def last_of(node: ast.expr) -> str:
+    """`c` of `a().b.c`."""
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
 def calls(tree: ast.AST) -> Iterator[ast.Call]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
 
@@ -153,7 +158,18 @@ def pickles(tree: ast.AST, path: str) -> list[int]:
     roots = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     lines = [line for line, module in imported(tree, "nla_lens") if is_under(module, roots)]
     allowed = [call.lineno for call in calls(tree) if keyword(call, "allow_pickle") is True]
-    return lines + allowed
+    # What libraries beneath us call unpickling, and what widens what torch.load takes.
+    names = {
+        "unpickle",
+        "read_pickle",
+        "add_safe_globals",
+        "safe_globals",
+        "unsafe_load",
+        "full_load",
+    }
+    called = [call.lineno for call in calls(tree) if last_of(call.func) in names]
+    loaders = {"torch.jit.load", "jit.load", "torch.hub.load", "torch.export.load", "yaml.load_all"}
+    return lines + allowed + called + [c.lineno for c in calls(tree) if name_of(c.func) in loaders]
 
 
 def unsafe_torch_loads(tree: ast.AST, path: str) -> list[int]:
@@ -222,6 +238,11 @@ def test_the_library_keeps_its_rules(rule: Rule, path: Path) -> None:
         (pickles, "import pickle"),
         (pickles, "from joblib import load"),
         (pickles, "np.load(path, allow_pickle=True)"),
+        (pickles, "ResponseModel.unpickle(message)"),
+        (pickles, "from pickle import loads"),
+        (pickles, "pandas.read_pickle(path)"),
+        (pickles, "with torch.serialization.safe_globals([X]): pass"),
+        (pickles, "torch.jit.load(path)"),
         (unsafe_torch_loads, "torch.load(path)"),
         (unsafe_torch_loads, "torch.load(path, weights_only=False)"),
         (unsafe_torch_loads, "from torch import load"),
@@ -258,6 +279,22 @@ def test_the_rules_catch_what_they_are_for(rule: Rule, source: str) -> None:
 )
 def test_the_rules_let_the_rest_pass(rule: Rule, source: str, path: str) -> None:
     assert broken(rule, source, path) == []
+
+
+def test_no_backend_unpickles_as_nnsight_does() -> None:
+    """nnsight's own `finalize` and `parse` run the code that a server sends."""
+    pytest.importorskip("nnsight")
+    pytest.importorskip("tenacity")
+    from nnsight.intervention.backends.remote import RemoteBackend
+
+    from nla_lens.adapters.nnsight_remote import ExplainingBackend
+    from nla_lens.engines.ndif.backend import NDIFBackend
+
+    for kind in (NDIFBackend, ExplainingBackend):
+        for name in ("finalize", "parse"):
+            assert name in vars(kind)
+            assert getattr(kind, name).__qualname__ != getattr(RemoteBackend, name).__qualname__
+            assert "super" not in getattr(kind, name).__code__.co_names
 
 
 @each(MODULES)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -14,6 +15,7 @@ import click
 
 from nla_lens.cli.output import Finding, print_findings
 from nla_lens.errors import NLAError
+from nla_lens.foreign import scrub
 
 _TIMEOUT: Final = 30.0
 _REFUSALS: Final = (400, 401, 403)
@@ -104,6 +106,14 @@ def examine(
 def _examine(
     models: Mapping[str, _Model | None], host: str, key: Callable[[], str | None]
 ) -> Iterator[Finding]:
+    """What is found, without the key that a server may have repeated."""
+    for finding in _found(models, host, key):
+        yield replace(finding, detail=scrub(finding.detail, key()))
+
+
+def _found(
+    models: Mapping[str, _Model | None], host: str, key: Callable[[], str | None]
+) -> Iterator[Finding]:
     reachable = _reachable(host)
     yield reachable
     if reachable.passed:
@@ -135,9 +145,16 @@ def _as_server(name: str | Path, revision: str | None = None) -> _Model:
 def _get(host: str, path: str, headers: Mapping[str, str] | None = None) -> Any:
     import httpx
 
-    response = httpx.get(f"{host}{path}", timeout=_TIMEOUT, headers=dict(headers or {}))
-    response.raise_for_status()
-    return response.json()
+    from nla_lens.engines.ndif.errors import SettingsError
+    from nla_lens.engines.ndif.wire import ask
+
+    try:
+        answer = ask("GET", f"{host}{path}", timeout=_TIMEOUT, headers=headers)
+    except SettingsError as error:
+        raise ValueError(str(error)) from None
+    if answer.status != httpx.codes.OK:
+        raise ValueError(f"HTTP {answer.status}")
+    return answer.json()
 
 
 def _reachable(host: str) -> Finding:
@@ -159,16 +176,14 @@ def _reachable(host: str) -> Finding:
 def _key(host: str, key: str | None) -> Finding:
     import httpx
 
-    from nla_lens.foreign import scrub
-
     name, remedy = "the API key", "get one at https://login.ndif.us, then `nnsight login`"
     try:
         refusal = _refusal(host, key)
         if refusal is not None:
-            return Finding(name, False, f"the server refuses it ({scrub(refusal, key)}); {remedy}")
+            return Finding(name, False, f"the server refuses it ({refusal}); {remedy}")
         owner = _get(host, "/whoami", {"ndif-api-key": key}).get("email") if key else None
     except (httpx.HTTPError, ValueError, AttributeError) as error:
-        return Finding(name, None, f"could not be asked about ({scrub(str(error), key)})")
+        return Finding(name, None, f"could not be asked about ({error})")
     if owner:
         return Finding(name, True, f"belongs to {owner}")
     if key:
@@ -184,18 +199,16 @@ def _refusal(host: str, key: str | None) -> str | None:
     The envelope of a job is sent without a job in it: ndif looks at the key first, and then finds
     that there is nothing to run.
     """
-    import httpx
+    from nla_lens.engines.ndif.wire import ask, detail
 
-    answer = httpx.post(
+    answer = ask(
+        "POST",
         f"{host}/request",
         data={"data": json.dumps({"model_key": "none"})},
         headers={"ndif-api-key": key} if key else None,
         timeout=_TIMEOUT,
     )
-    if answer.status_code not in _REFUSALS:
-        return None
-    detail = answer.json().get("detail")
-    return " ".join(str(detail).split())
+    return " ".join(detail(answer).split()) if answer.status in _REFUSALS else None
 
 
 def _versions(host: str) -> Iterator[Finding]:

@@ -10,6 +10,8 @@ from typing import Any
 import click
 from rich.console import Console
 
+from nla_lens.foreign import harmless
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -34,7 +36,8 @@ def print_findings(findings: Iterable[Finding]) -> bool:
     passed = True
     for finding in findings:
         mark, colour = _MARKS[finding.passed]
-        click.echo(f"{click.style(mark, fg=colour)} {finding.name}: {finding.detail}")
+        told = harmless(f"{finding.name}: {finding.detail}")
+        click.echo(f"{click.style(mark, fg=colour)} {told}")
         passed &= finding.passed is not False
     return passed
 

@@ -6,11 +6,12 @@ one does neither, and takes the server and the key from nnsight's configuration 
 
 from __future__ import annotations
 
-import json
 import logging
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Final, TypeVar
 
 import httpx
@@ -18,12 +19,14 @@ import websocket
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.schema.request import RequestModel
-from nnsight.schema.response import Status
+from nnsight.schema.response import ResponseModel, Status
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from nla_lens.engines.ndif.errors import SilenceError, StoreError
+from nla_lens.engines.ndif.results import MOST_BYTES, read_result
 from nla_lens.engines.ndif.time_limit import within
-from nla_lens.foreign import scrub
+from nla_lens.engines.ndif.wire import BoundedSocket, ask, detail, read_response, session, word
+from nla_lens.foreign import harmless, scrub
 from nla_lens.progress import show_state
 
 T = TypeVar("T")
@@ -75,6 +78,7 @@ class NDIFBackend(RemoteBackend):
     Attributes:
         patience: How long to wait.
         traffic: Where bytes are counted.
+        most_bytes: Of a result, as it travels and unpacked.
         poll_for_result: Submit without a connection and ask for the result: a lost connection then
             costs nothing.
     """
@@ -86,6 +90,7 @@ class NDIFBackend(RemoteBackend):
         traffic: Traffic,
         *,
         poll_for_result: bool = False,
+        most_bytes: int = MOST_BYTES,
         **options: Any,
     ) -> None:
         """Args:
@@ -93,11 +98,13 @@ class NDIFBackend(RemoteBackend):
         patience: How long to wait.
         traffic: Where bytes are counted.
         poll_for_result: See above.
+        most_bytes: See above.
         **options: Those of nnsight's backend.
         """
         super().__init__(model_key, **options)
         self.display.enabled = False
         self.patience, self.traffic, self.poll_for_result = patience, traffic, poll_for_result
+        self.most_bytes = most_bytes
         self._said: tuple[str, ...] = ()
 
     def _serialize(self, tracer: Any) -> bytes:
@@ -107,13 +114,18 @@ class NDIFBackend(RemoteBackend):
         return blob
 
     def finalize(self, content: bytes) -> Any:
-        """See `RemoteBackend.finalize`."""
+        """See `RemoteBackend.finalize`, which would run a server's code."""
         self.traffic.received += len(content)
-        return super().finalize(content)
+        return read_result(content, compressed=self.compress, most_bytes=self.most_bytes)
+
+    def parse(self, message: str | bytes) -> ResponseModel:
+        """See `RemoteBackend.parse`, which would run a server's code."""
+        return read_response(message, self.most_bytes)
 
     def note(self, response: Any) -> bool:
         """See `RemoteBackend.note`; states are logged for `nla_lens.remote`, and shown."""
-        said = (response.id, response.status.value, scrub(response.description, self.api_key))
+        words = (harmless(scrub(w, self.api_key)) for w in (response.id, response.description))
+        said = (next(words), response.status.value, next(words))
         # Whoever polls hears the same again and again.
         if said != self._said:
             self._said = said
@@ -158,28 +170,56 @@ class NDIFBackend(RemoteBackend):
             f"{self.ws_host}/subscribe",
             header={"ndif-api-key": self.api_key} if self.api_key else None,
             timeout=self.patience.connect,
+            class_=BoundedSocket,
+            most_bytes=self.most_bytes,
         )
         try:
-            return connection, json.loads(_word(connection))["session_id"]
+            return connection, session(word(connection))
         except BaseException:
             connection.close()
             raise
 
     def _post(self, request: RequestModel, blob: bytes) -> Any:
         """See `RemoteBackend._post`, which waits 600 s for an answer and can be told no less."""
-        post = super()._post
         # Tried again only where the server cannot have taken the job: see `_may_pass`.
         return self._again(
-            lambda: within(self.patience.answer, "the request was sent", post, request, blob),
+            lambda: within(
+                self.patience.answer, "the request was sent", self._posted, request, blob
+            ),
             self.patience.connect,
         )
+
+    def _posted(self, request: RequestModel, blob: bytes) -> ResponseModel:
+        """What nnsight's `_post` does, of whose answer there is no end."""
+        told = {
+            "ndif-timestamp": repr(time.time()),
+            "nnsight-version": version("nnsight"),
+            "python-version": sys.version,
+        }
+        try:
+            answer = ask(
+                "POST",
+                f"{self.host}/request",
+                timeout=httpx.Timeout(self.patience.answer, connect=self.patience.connect),
+                headers={**told, **self._key()},
+                data={"data": request.metadata()},
+                files={"blob": ("request", blob, "application/octet-stream")},
+            )
+        except httpx.HTTPError as error:
+            raise RemoteError(f"Failed to send request: {error}") from error
+        if answer.status != httpx.codes.OK:
+            raise RemoteError(f"Failed to send request: {detail(answer)}")
+        return read_response(answer.text, self.most_bytes)
+
+    def _key(self) -> dict[str, str]:
+        return {"ndif-api-key": self.api_key} if self.api_key else {}
 
     def _awaited(self, connection: Any) -> Any:
         connection.settimeout(min(_TICK, self.patience.running, self.patience.queued))
         heard = time.monotonic()
         while True:
             try:
-                message = _word(connection)
+                message = word(connection)
             except websocket.WebSocketTimeoutException:
                 self._check_silence(heard)
                 continue
@@ -210,23 +250,25 @@ class NDIFBackend(RemoteBackend):
 
     def poll(self, tracer: Any = None) -> Any:
         """See `RemoteBackend.poll`, which waits 600 s for an answer and can be told no less."""
-        answer = httpx.get(
+        answer = ask(
+            "GET",
             f"{self.host}/response/{self.job_id}",
-            headers={"ndif-api-key": self.api_key} if self.api_key else None,
+            headers=self._key(),
             timeout=min(self.patience.connect, self.patience.answer),
         )
         # No state is written down yet.
-        if answer.status_code == httpx.codes.NOT_FOUND:
+        if answer.status == httpx.codes.NOT_FOUND:
             return None
-        if answer.is_client_error:
-            raise RemoteError(f"Failed to ask for a result: {answer.text}")
-        answer.raise_for_status()
+        if answer.status != httpx.codes.OK:
+            raise RemoteError(f"Failed to ask for a result: {detail(answer)}")
         return self.handle(self.parse(answer.text))
 
     def download_result(self, url: Any) -> Any:
         """See `RemoteBackend.download_result`; what is paid for is asked for more than once."""
         if not isinstance(url, str) or not url:
             return super().download_result(url)
+        if scrub(url, self.api_key) != scrub(url, None):
+            raise StoreError("the server names a place with the API key in its address")
         try:
             content = self._again(lambda: self._fetched(url), self.patience.connect)
         except httpx.HTTPError as error:
@@ -235,8 +277,9 @@ class NDIFBackend(RemoteBackend):
 
     def _fetched(self, url: str) -> bytes:
         timeout = httpx.Timeout(self.patience.connect, read=self.patience.answer)
-        answer = httpx.get(url, timeout=timeout)
-        answer.raise_for_status()
+        answer = ask("GET", url, timeout=timeout, most_bytes=self.most_bytes)
+        if answer.status != httpx.codes.OK:
+            raise StoreError(f"HTTP {answer.status} from {url}")
         return answer.content
 
     def _check_silence(self, heard: float) -> None:
@@ -245,14 +288,6 @@ class NDIFBackend(RemoteBackend):
         limit = self.patience.after(self.status)
         if time.monotonic() - heard > limit:
             raise SilenceError(self._state(), limit)
-
-
-def _word(connection: Any) -> Any:
-    """What the server says next; a polite goodbye is as final as a cut line."""
-    message = connection.recv()
-    if not message:
-        raise websocket.WebSocketConnectionClosedException("the server closed the connection")
-    return message
 
 
 def _may_pass(error: BaseException) -> bool:

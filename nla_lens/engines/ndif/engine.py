@@ -26,8 +26,10 @@ from nla_lens.engines import Job
 from nla_lens.engines.local.nnsight import NNsightReconstructor, NNsightVerbalizer, import_nnsight
 from nla_lens.engines.ndif.backend import NDIFBackend, Patience, SimulatedBackend, Traffic
 from nla_lens.engines.ndif.errors import told
+from nla_lens.engines.ndif.results import MOST_BYTES
 from nla_lens.engines.ndif.versions import described
 from nla_lens.errors import NLAError
+from nla_lens.foreign import scrub
 from nla_lens.models.anatomy import text_model
 from nla_lens.models.placement import Placement
 from nla_lens.models.small_files import check_generation_config
@@ -50,12 +52,14 @@ class Server:
             lost connection does not hurt.
         patience: How long to wait.
         traffic: What has travelled so far.
+        most_bytes: Of a result, as it travels and unpacked.
     """
 
     host: str | None = None
     blocking: bool = True
     patience: Patience = field(default_factory=Patience)
     traffic: Traffic = field(default_factory=Traffic)
+    most_bytes: int = MOST_BYTES
 
     @classmethod
     def named(cls, engine: str) -> Server:
@@ -67,7 +71,12 @@ class Server:
         host = engine.partition(":")[2] or None
         if host is not None and host != LOCAL and not host.startswith(("http://", "https://")):
             raise NLAError(
-                f"engine={engine!r}: after the colon comes http://HOST:PORT, https://HOST or local"
+                f"engine={scrub(engine, None)!r:.80}: after the colon comes http://HOST:PORT, "
+                "https://HOST or local"
+            )
+        if host is not None and (set("@?#") & set(host) or not host.isprintable()):
+            raise NLAError(
+                "engine=: an address is a host and a port; a key goes to `nnsight login`"
             )
         return cls(None if host is None else host.rstrip("/"))
 
@@ -93,6 +102,7 @@ class Server:
             host=self.host,
             env=model._remoteable_get_env(),
             poll_for_result=not self.blocking,
+            most_bytes=self.most_bytes,
         )
 
     def told(self, what: str) -> Any:

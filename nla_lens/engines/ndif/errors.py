@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nla_lens.errors import NLAError, NLARemoteError
-from nla_lens.foreign import scrub
+from nla_lens.foreign import harmless, scrub
 
 _MOST_OF_A_MESSAGE: Final = 400
 
@@ -27,6 +27,10 @@ class SilenceError(Exception):
 
 class StoreError(Exception):
     """A finished result could not be fetched from where the server keeps it."""
+
+
+class SettingsError(Exception):
+    """A proxy or certificates that the environment names cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,19 @@ class told:
         """Raises:
         NLARemoteError: The run failed.
         """
-        if not isinstance(error, Exception) or isinstance(error, NLAError):
+        if not isinstance(error, Exception):
             return
-        failure = tell(error, self.model, self.host, self.key(), self.versions)
+        failure: NLAError
+        if isinstance(error, NLAError):
+            failure = error.with_traceback(None)
+        else:
+            failure = tell(error, self.model, self.host, self.key(), self.versions)
         del error, trace
-        raise failure from None
+        try:
+            raise failure from None
+        finally:
+            # `from None` only hides it.
+            failure.__context__ = None
 
 
 def tell(
@@ -136,15 +148,16 @@ def tell(
     versions: Callable[[], str] = str,
 ) -> NLARemoteError:
     """One failure as an `NLARemoteError`; see `told`."""
-    words = _words(error)
+    words = scrub(_words(error), key)
     cause, what, remedy = _classify(error, words)
-    words = scrub(_shortened(words), key)
+    # Whole it was scrubbed: half a key is not found.
+    words = _shortened(harmless(words))
     # Of a silent server there is nothing to quote.
     said = f" ({words})" if words and cause != "silent" else ""
     found = versions() if cause == "versions" else ""
     both = f" [{found}]" if found else ""
     return NLARemoteError(
-        f"{what}: {model} at {scrub(host, key)}{said}{both}; {remedy}", cause=cause
+        f"{what}: {model} at {scrub(host, key)}{said}{scrub(both, key)}; {remedy}", cause=cause
     )
 
 
@@ -169,6 +182,12 @@ def _classify(error: BaseException, words: str) -> tuple[str, str, str]:
             f"the server has been silent for {error.seconds:g} s, last heard: {error.state}",
             "the request may still be running, so it is not sent again by itself; wait longer "
             f"(engine.server.patience), or later {_FINISHED}",
+        )
+    if isinstance(error, SettingsError):
+        return (
+            "settings",
+            "no connection can be made with this environment",
+            "look at HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR",
         )
     names = {base.__name__ for base in type(error).__mro__}
     if isinstance(error, StoreError) or "HTTPStatusError" in names:

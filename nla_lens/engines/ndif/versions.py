@@ -7,12 +7,15 @@ from typing import Final
 
 import httpx
 
+from nla_lens.engines.ndif.errors import SettingsError
+from nla_lens.engines.ndif.wire import ask
 from nla_lens.errors import NLAError
 
 MUST_AGREE: Final = ("nnsight", "transformers")
 _NO_ANSWER: Final = (
     httpx.HTTPError,
     httpx.InvalidURL,
+    SettingsError,
     ValueError,
     KeyError,
     TypeError,
@@ -31,8 +34,7 @@ def compare(host: str, timeout: float) -> dict[str, tuple[str, str]]:
         NLAError: The server does not say.
     """
     try:
-        answer = httpx.get(f"{host}/env", timeout=timeout)
-        answer.raise_for_status()
+        answer = ask("GET", f"{host}/env", timeout=timeout)
         there = answer.json()["packages"]
         return {name: (_here(name), str(there.get(name, "unknown"))) for name in MUST_AGREE}
     except _NO_ANSWER as error:

@@ -1,0 +1,337 @@
+"""Servers that lie: nothing of theirs runs here, fills the memory, or makes a key show."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import pickle
+import traceback
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import torch
+
+from nla_lens import NLA, NLAError, NLARemoteError
+from nla_lens.foreign import harmless, scrub, to_json
+
+from .hostile_ndif import LyingNDIF
+
+KEY = "sesame/öffne+dich=1".replace("ö", "o")
+
+
+# --- text of strangers ---
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        KEY,
+        KEY.upper(),
+        quote(KEY, safe=""),
+        base64.b64encode(KEY.encode()).decode(),
+        base64.b64encode(b"Bearer " + KEY.encode()).decode(),
+        base64.urlsafe_b64encode(b"user:" + KEY.encode() + b":x").decode(),
+        KEY.encode().hex(),
+        json.dumps({"k": KEY}),
+        f"http://user:{KEY}@host/x",
+        f"https://host/x?key={KEY}",
+        "x" * 395 + KEY,
+    ],
+)
+def test_a_key_is_hidden_however_it_is_written(written: str) -> None:
+    shown = scrub(f"a {written} b", KEY)
+    assert "<key>" in shown or "?" not in shown
+    for piece in (KEY, KEY.upper(), KEY[:12], quote(KEY, safe=""), KEY.encode().hex()):
+        assert piece not in shown
+    for start in range(3):
+        assert base64.b64encode(b"\0" * start + KEY.encode()).decode()[8:20] not in shown
+
+
+def test_a_key_in_an_address_is_hidden_without_being_known() -> None:
+    shown = scrub("http://me:secret@host:1/x?token=secret and ws://secret@host/?k=secret", None)
+    assert shown == "http://<key>@host:1/x and ws://<key>@host/"
+
+
+def test_what_steers_a_terminal_is_spelled_out() -> None:
+    text = "\x1b[2J\x9b1m\u202e\u2066\u200f\ud800\r\x00 é\n"
+    spelled = "\\x1b[2J\\x9b1m\\u202e\\u2066\\u200f\\ud800\\r\\x00 é\n"
+    assert harmless(text) == spelled == harmless(spelled)
+    assert json.loads(to_json({text: [text]})) == {text: [text]}
+    assert harmless(to_json(text)) == to_json(text)
+    assert str(NLAError(text)) == spelled
+
+
+# --- NDIF: results ---
+
+nnsight = pytest.importorskip("nnsight")
+pytest.importorskip("tenacity")
+zstandard = pytest.importorskip("zstandard")
+
+from nla_lens.engines.ndif.results import read_result  # noqa: E402
+from nla_lens.engines.ndif.wire import read_response  # noqa: E402
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def saved(value: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file, **options)
+    return file.getvalue()
+
+
+def packed(content: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(content)
+
+
+def deflated(content: bytes) -> bytes:
+    """The same archive, its entries compressed."""
+    file = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as before,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as after,
+    ):
+        for entry in before.infolist():
+            after.writestr(entry.filename, before.read(entry))
+    return file.getvalue()
+
+
+def traps(path: Path) -> dict[str, bytes]:
+    return {
+        "in an archive": saved({"x": Trap(path)}),
+        "in the old format": saved({"x": Trap(path)}, _use_new_zipfile_serialization=False),
+        "a bare pickle": pickle.dumps(Trap(path)),
+        "in a list of tensors": saved({"x": [torch.ones(1), Trap(path)]}),
+        "as a key": saved({Trap(path): 1}),
+    }
+
+
+@pytest.mark.parametrize("where", traps(Path()))
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_pickle_in_a_result_does_not_run(where: str, compressed: bool, tmp_path: Path) -> None:
+    content = traps(tmp_path / "ran")[where]
+    with pytest.raises(NLARemoteError, match="the server's result is refused: "):
+        read_result(packed(content) if compressed else content, compressed=compressed)
+    assert not (tmp_path / "ran").exists()
+    # The trap is one.
+    if where == "in an archive":
+        torch.load(io.BytesIO(content), weights_only=False)
+        assert (tmp_path / "ran").exists()
+
+
+MOST = 1 << 20
+OTHERS: dict[str, bytes] = {
+    "nothing": b"",
+    "no archive": b"PK\x03\x04",
+    "a bomb": saved({"x": torch.zeros(MOST)}),
+    "a compressed archive": deflated(saved({"x": torch.zeros(MOST // 8)})),
+    "rows that are one": saved({"x": torch.zeros(1, 64).expand(10**9, 64)}),
+    "no values": saved({"x": torch.empty(5, device="meta")}),
+    "sparse": saved({"x": torch.eye(3).to_sparse()}),
+    "deep": saved({"x": [[[[[[[[[[1]]]]]]]]]]}),
+    "a class": saved({"x": torch.nn.Linear(1, 1)}),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_results_that_are_refused(what: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(NLARemoteError, match="the server's result is refused: ") as caught:
+            read_result(packed(OTHERS[what]), compressed=True, most_bytes=MOST)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    assert caught.value.cause == "store" and caught.value.__context__ is None
+
+
+def test_a_bomb_is_not_unpacked() -> None:
+    bomb = packed(b"\0" * (64 << 20))
+    assert len(bomb) < 10_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(NLARemoteError, match="more than 1048576 bytes"):
+            read_result(bomb, compressed=True, most_bytes=MOST)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_results_that_are_taken() -> None:
+    values = {
+        "x": torch.arange(6.0).reshape(2, 3),
+        "n": [1, 2.5, None, ("a", True)],
+        "d": {"k": b"x"},
+    }
+    found = read_result(packed(saved(values)), compressed=True)
+    assert found.pop("x").equal(values.pop("x")) and found == values
+
+
+@pytest.mark.parametrize("message", ["", "[]", "{}", '{"id": 1}', "[" * 100_000, '{"id": "1"}'])
+def test_words_that_are_no_state(message: str) -> None:
+    from nnsight.intervention.backends.remote import RemoteError
+
+    with pytest.raises(RemoteError, match="no state of a job"):
+        read_response(message)
+
+
+# --- NDIF: from end to end ---
+
+
+@pytest.fixture
+def lying() -> Iterator[LyingNDIF]:
+    with LyingNDIF() as server:
+        yield server
+
+
+@pytest.fixture
+def remote(
+    pair_dirs: Callable[..., tuple[Path, Path]],
+    lying: LyingNDIF,
+    monkeypatch: pytest.MonkeyPatch,
+) -> NLA:
+    from nnsight.schema.config import CONFIG
+
+    monkeypatch.setattr(CONFIG.API, "APIKEY", KEY)
+    av, _ = pair_dirs("llama", "replace")
+    return NLA.from_pretrained(av=av, engine=f"ndif:{lying.url}")
+
+
+def shown(error: BaseException) -> str:
+    """All that a tool which prints tracebacks with their locals would show of an error."""
+    told: list[str] = []
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        one = queue.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        queue += [one.__cause__, one.__context__]
+        told += [repr(one), str(one), *map(str, getattr(one, "__notes__", []))]
+        told += traceback.format_exception(one)
+        for frame, _ in traceback.walk_tb(one.__traceback__):
+            if "tests" not in Path(frame.f_code.co_filename).parts:
+                told += [f"{name}={value!r}" for name, value in frame.f_locals.items()]
+    return "\n".join(told)
+
+
+def refused(remote: NLA, blocking: bool = False) -> NLARemoteError:
+    server = remote.verbalizer.engine.server
+    server.blocking = blocking
+    server.patience.connect = server.patience.answer = 2.0
+    server.patience.queued = server.patience.running = 2.0
+    with pytest.raises(NLARemoteError) as caught:
+        remote.explain(torch.ones(64), max_new_tokens=2)
+    assert KEY not in shown(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_a_servers_code_does_not_run(
+    remote: NLA, lying: LyingNDIF, tmp_path: Path, blocking: bool
+) -> None:
+    lying.completed(packed(traps(tmp_path / "ran")["in an archive"]))
+    assert "the server's result is refused" in str(refused(remote, blocking))
+    assert not (tmp_path / "ran").exists()
+    assert any(headers.get("ndif-api-key") == KEY for _, headers in lying.heard)
+    # The presigned place is given no key.
+    assert all("ndif-api-key" not in h for path, h in lying.heard if path == "/result")
+
+
+def test_nor_does_code_on_the_websocket(remote: NLA, lying: LyingNDIF, tmp_path: Path) -> None:
+    lying.messages = [saved({"id": "1", "status": Trap(tmp_path / "ran")}, pickle_protocol=4)]
+    assert "the server's result is refused" in str(refused(remote, blocking=True))
+    lying.posted.clear()
+    inside = saved({"x": Trap(tmp_path / "ran")})
+    told = {"id": "1", "status": "COMPLETED", "data": packed(inside)}
+    lying.messages = [saved(told, pickle_protocol=4)]
+    assert "the server's result is refused" in str(refused(remote, blocking=True))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nor_does_it_beside_a_probe(
+    pair_dirs: Callable[..., tuple[Path, Path]],
+    load_pair: Callable[..., NLA],
+    source_dir: Callable[..., Path],
+    lying: LyingNDIF,
+    tmp_path: Path,
+) -> None:
+    from nnsight.intervention.backends.remote import RemoteBackend
+
+    import nla_lens
+
+    model = nnsight.TransformersModel(str(source_dir("llama")), task="text-generation")
+    lying.completed(packed(traps(tmp_path / "ran")["in an archive"]))
+    with nla_lens.attach(model, load_pair("llama", "replace")):
+        backend = RemoteBackend("key", host=lying.url)
+        with pytest.raises(NLARemoteError, match=r"refused: .* has a probe"):
+            with model.trace("a b c", backend=backend):
+                h = model.model.layers[0].output.save()
+    assert not (tmp_path / "ran").exists()
+
+
+LIES: dict[str, Callable[[LyingNDIF], object]] = {
+    "no JSON": lambda s: s.answers.update({"/request": b"<html>"}),
+    "the key in a refusal": lambda s: (
+        s.statuses.update({"/request": 401}),
+        s.answers.update({"/request": {"detail": f"API key {KEY} {quote(KEY, safe='')} unknown"}}),
+    ),
+    "the key at the end of what is quoted": lambda s: (
+        s.statuses.update({"/request": 400}),
+        s.answers.update({"/request": {"detail": "x" * 390 + KEY}}),
+    ),
+    "the key in an error": lambda s: s.answers.update(
+        {"/response": {"id": "1", "status": "ERROR", "description": f"\x1b[2J {KEY} \u202e"}}
+    ),
+    "the key as a state": lambda s: s.answers.update({"/response": {"id": KEY, "status": KEY}}),
+    "the key in a result's address": lambda s: s.answers.update(
+        {"/response": {"id": "1", "status": "COMPLETED", "data": f"{s.url}/{KEY}?{KEY}"}}
+    ),
+    "no address": lambda s: s.answers.update(
+        {"/response": {"id": "1", "status": "COMPLETED", "data": "file:///etc/passwd"}}
+    ),
+    "compressed HTTP": lambda s: (
+        s.completed(b"x"),
+        s.headers.update({"/result": {"Content-Encoding": "gzip"}}),
+    ),
+    "a deep answer": lambda s: s.answers.update({"/response": b'{"a":' * 100_000}),
+    "another job's result": lambda s: s.completed(packed(saved({"y": 1}))),
+    "a list for a result": lambda s: s.completed(packed(saved([1]))),
+    "the key for a result": lambda s: s.completed(packed(saved({KEY: KEY}))),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lies_of_ndif(lie: str, remote: NLA, lying: LyingNDIF, caplog: Any) -> None:
+    caplog.set_level("DEBUG")
+    LIES[lie](lying)
+    told = str(refused(remote))
+    assert harmless(told) == told
+    assert KEY[:12] not in "".join(r.getMessage() for r in caplog.records if "nla_lens" in r.name)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("HTTPS_PROXY", "gar\x01bage://x"), ("SSL_CERT_FILE", "/no/such/file")]
+)
+def test_an_environment_that_cannot_be_used(
+    variable: str, value: str, remote: NLA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote.verbalizer.engine.server.host = "https://ndif.invalid"
+    monkeypatch.setenv(variable, value)
+    error = refused(remote)
+    assert error.cause == "settings" and variable in str(error)
