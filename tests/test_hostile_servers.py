@@ -76,6 +76,7 @@ zstandard = pytest.importorskip("zstandard")
 
 from nla_lens.engines.ndif.results import read_result  # noqa: E402
 from nla_lens.engines.ndif.wire import read_response  # noqa: E402
+from nla_lens.models.weights import load_tokenizer  # noqa: E402
 
 
 class Trap:
@@ -275,13 +276,18 @@ def test_nor_does_it_beside_a_probe(
 
     import nla_lens
 
-    model = nnsight.TransformersModel(str(source_dir("llama")), task="text-generation")
+    directory = source_dir("llama")
+    model = nnsight.TransformersModel(
+        str(directory), task="text-generation", tokenizer=load_tokenizer(directory)
+    )
     lying.completed(packed(traps(tmp_path / "ran")["in an archive"]))
     with nla_lens.attach(model, load_pair("llama", "replace")):
         backend = RemoteBackend("key", host=lying.url)
-        with pytest.raises(NLARemoteError, match=r"refused: .* has a probe"):
-            with model.trace("a b c", backend=backend):
-                h = model.model.layers[0].output.save()
+        with (
+            pytest.raises(NLARemoteError, match=r"refused: .* has a probe"),
+            model.trace("a b c", backend=backend),
+        ):
+            model.model.layers[0].output.save()
     assert not (tmp_path / "ran").exists()
 
 

@@ -16,7 +16,6 @@ from typing import Any, Final, TypeVar
 
 import httpx
 import websocket
-from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel, Status
@@ -303,20 +302,3 @@ def _may_pass(error: BaseException) -> bool:
         return error.response.status_code in _GATEWAY_ERRORS
     free = (ConnectionError, TimeoutError, httpx.TransportError, websocket.WebSocketException)
     return isinstance(error, free)
-
-
-class SimulatedBackend(LocalSimulationBackend):
-    """nnsight's simulation of a server in this process, with bytes counted.
-
-    The model's weights are loaded here, as they would be there.
-    """
-
-    def __init__(self, model: Any, traffic: Traffic) -> None:
-        super().__init__(model)
-        self.traffic = traffic
-
-    def __call__(self, tracer: Any) -> None:
-        """Sends to itself, and runs."""
-        self.traffic.requests += 1
-        self.traffic.sent += len(RequestModel.serialize(tracer, compress=True))
-        super().__call__(tracer)

@@ -24,9 +24,10 @@ from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import Job
 from nla_lens.engines.local.nnsight import NNsightReconstructor, NNsightVerbalizer, import_nnsight
-from nla_lens.engines.ndif.backend import NDIFBackend, Patience, SimulatedBackend, Traffic
+from nla_lens.engines.ndif.backend import NDIFBackend, Patience, Traffic
 from nla_lens.engines.ndif.errors import told
 from nla_lens.engines.ndif.results import MOST_BYTES
+from nla_lens.engines.ndif.simulation import SimulatedBackend
 from nla_lens.engines.ndif.versions import described
 from nla_lens.errors import NLAError
 from nla_lens.foreign import scrub
