@@ -21,7 +21,8 @@ from nla_lens.adapters.nnsight_run import Recorder, where_of_pass
 from nla_lens.engines.ndif.results import MOST_BYTES, read_result
 from nla_lens.engines.ndif.wire import read_response
 from nla_lens.errors import NLARemoteError
-from nla_lens.stream.residual import Origin, ResidualTensor
+from nla_lens.stream.origin import Origin
+from nla_lens.stream.residual import ResidualTensor
 
 
 class ExplainingBackend:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.nla import NLA
-from nla_lens.stream.residual import Origin, ResidualTensor, locate
+from nla_lens.stream.origin import Origin, locate
+from nla_lens.stream.residual import ResidualTensor
 
 
 class Recorder:

@@ -30,7 +30,8 @@ from nla_lens.nla import NLA
 from nla_lens.stream.explainer import check_fit
 from nla_lens.stream.frameworks import Probe
 from nla_lens.stream.hook_point import ResidPost, residual_names
-from nla_lens.stream.residual import Origin, ResidualTensor
+from nla_lens.stream.origin import Origin
+from nla_lens.stream.residual import ResidualTensor
 
 _METHOD = "run_with_cache"
 _ROWS_LOOKED_AT = 256

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.models.tokens import token_text
-from nla_lens.stream.residual import locate
+from nla_lens.stream.origin import locate
 
 
 class Run:

@@ -321,7 +321,7 @@ BAD_VECTORS = {
     "texts": (["a", "b"], "found list"),
     "objects": (np.array([object()] * D), "found ndarray"),
     "no data": (torch.ones(D, device="meta"), "found Tensor"),
-    "tensors with gradients in a list": ([torch.ones(D, requires_grad=True)] * 2, "found list"),
+    "vectors of two widths": ([torch.ones(D, requires_grad=True), torch.ones(9)], "found list"),
 }
 
 BAD_OPTIONS = {

@@ -18,6 +18,7 @@ from nla_lens.results import metrics
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.flags import find_flags
 from nla_lens.stream.injection import norms
+from nla_lens.stream.origin import UNKNOWN
 from nla_lens.stream.vectors import VectorBatch
 
 _SCORED_AT_ONCE: Final = 16
@@ -223,12 +224,12 @@ class _Finisher:
         if origin is None:
             return {}
         _, position, token_id = origin.where_LX3[row].tolist()
-        known = token_id >= 0
+        recording, known = origin.recording(row), token_id >= 0
         return {
-            "hook_name": origin.hook_name,
-            "position": position,
+            "hook_name": recording.hook_name,
+            "position": None if position == UNKNOWN else position,
             "token_id": token_id if known else None,
-            "token": origin.to_token(token_id) if known and origin.to_token else None,
+            "token": recording.to_token(token_id) if known and recording.to_token else None,
         }
 
     def _scored(self, drafts: list[Explanation], rows: list[int]) -> list[Explanation]:

@@ -8,7 +8,7 @@ from typing import Final
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.results.explanation import Explanation
 from nla_lens.stream.hook_point import ResidPost
-from nla_lens.stream.residual import PADDING
+from nla_lens.stream.origin import PADDING
 
 TRUNCATED: Final = "truncated"
 """No closing tag within max_new_tokens: the text stops in the middle."""

@@ -20,7 +20,8 @@ from nla_lens.models.batching import padded_batches, right_padded
 from nla_lens.models.tokens import render_chat, token_text
 from nla_lens.stream.frameworks import adapter_of, find_adapter
 from nla_lens.stream.hook_point import ResidPost
-from nla_lens.stream.residual import Origin, ResidualTensor, locate
+from nla_lens.stream.origin import Origin, locate
+from nla_lens.stream.residual import ResidualTensor
 
 Text: TypeAlias = "str | Sequence[Mapping[str, Any]]"
 """A plain text, or chat messages `{"role": ..., "content": ...}`."""

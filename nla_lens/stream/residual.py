@@ -3,77 +3,37 @@
 >>> resid = cache["resid_post", 20]      # ResidualTensor, [batch, pos, d_model]
 >>> resid[0, -1].explain()               # knows its row, its position and its token
 
-Slicing keeps what it knows; any other operation gives an ordinary `torch.Tensor` with the same
-values, and `torch.Tensor` itself is never patched.
+What keeps each vector as it is keeps what is known of it (`nla_lens.stream.following` has the
+list); any other operation gives an ordinary `torch.Tensor` with the same values, and `torch.Tensor`
+itself is never patched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from nla_lens.errors import NLAError
 from nla_lens.stream.explainer import Explainer, check_nla
+from nla_lens.stream.following import origin_of
+from nla_lens.stream.origin import PADDING, Origin, locate
 
-PADDING = -1
-"""Position of a padding token."""
+__all__ = ["PADDING", "Origin", "ResidualTensor", "locate"]
 
-
-@dataclass(frozen=True)
-class Origin:
-    """What is known of every vector of a residual tensor.
-
-    Attributes:
-        hook_name: `blocks.K.hook_resid_post` and the like.
-        where_LX3: For each vector its row, its position in the row's own text (`PADDING` for
-            padding) and its token id (-1 where unknown); int64 `[*leading, 3]`, left on the device
-            it was worked out on, since fetching it would make the device wait.
-        to_token: Text of a token id.
-        nla: Who explains; None until a probe is attached.
-    """
-
-    hook_name: str | None
-    where_LX3: torch.Tensor
-    to_token: Callable[[int], str] | None = None
-    nla: Explainer | None = None
-
-    def at(self, index: Any) -> Origin:
-        """The same for a slice of the leading axes."""
-        parts = index if isinstance(index, tuple) else (index,)
-        here = self.where_LX3.device
-        moved = tuple(p.to(here) if isinstance(p, torch.Tensor) else p for p in parts)
-        return Origin(self.hook_name, self.where_LX3[moved], self.to_token, self.nla)
-
-
-def locate(
-    token_ids_BT: torch.Tensor, attention_mask_BS: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`where_LX3` of token ids `[B, T]`: positions count from each row's first real token.
-
-    Args:
-        token_ids_BT: Ids; -1 where unknown.
-        attention_mask_BS: Which tokens are real; S is larger than T if it begins earlier, with what
-            is in a key-value cache. None: all of them.
-    """
-    ids = token_ids_BT.detach().long()
-    n_rows, n_tokens = ids.shape
-    if attention_mask_BS is None:
-        positions = torch.arange(n_tokens, device=ids.device).expand_as(ids)
-    else:
-        mask = attention_mask_BS.to(ids)
-        positions = mask.cumsum(-1).sub(1).masked_fill(mask == 0, PADDING)[:, -n_tokens:]
-    rows = torch.arange(n_rows, device=ids.device)[:, None].expand_as(ids)
-    return torch.stack([rows, positions, ids], dim=-1)
+_MOVE_AXES_IN_PLACE = (
+    "as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_", "t_",
+    "transpose_", "unsqueeze_",
+)  # fmt: skip
 
 
 class ResidualTensor(torch.Tensor):
     """A `torch.Tensor` of shape `[..., d_model]` with an `.explain()`.
 
-    Shares its memory with the tensor it was made from; pickling, copying and computing give
-    ordinary tensors.
+    Shares its memory with the tensor it was made from; pickling and computing give ordinary
+    tensors.
     """
 
     _origin: Origin
@@ -86,10 +46,10 @@ class ResidualTensor(torch.Tensor):
             resid: `[*leading, d_model]`.
             origin: What is known of it; `origin.where_LX3` is `[*leading, 3]`.
         """
-        if resid.shape[:-1] != origin.where_LX3.shape[:-1]:
+        if resid.shape[:-1] != origin.leading:
             raise NLAError(
                 f"a residual of shape {tuple(resid.shape)} cannot come from positions of shape "
-                f"{tuple(origin.where_LX3.shape[:-1])}"
+                f"{tuple(origin.leading)}"
             )
         wrapped = resid.as_subclass(ResidualTensor)
         wrapped._origin = origin
@@ -98,16 +58,29 @@ class ResidualTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs every operation as on an ordinary tensor; indexing is handled in `__getitem__`."""
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            # What is compiled takes it for an ordinary tensor.
+            _let_compiled_code_take_subclasses()
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        # `x.float()` on a float32 tensor answers x itself; only in-place operations may.
-        if isinstance(result, ResidualTensor) and not _is_in_place(func):
-            return result.as_ordinary()
-        return result
+            result = func(*args, **kwargs)
+            origin = origin_of(func, args, kwargs, result, _known)
+        if isinstance(origin, list):
+            return type(result)(map(_wrapped, result, origin))
+        # Only in-place operations answer what they were given and change it.
+        if origin is None and _is_in_place(func):
+            if func.__name__ in _MOVE_AXES_IN_PLACE and isinstance(result, ResidualTensor):
+                result.__dict__.pop("_origin", None)
+            return result
+        return _wrapped(result, origin)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         plain = self.as_ordinary()[index]
-        origin = self._known()
+        if torch.compiler.is_compiling():
+            return plain
+        origin = self.known_origin()
         leading = _leading_index(index, self.ndim)
         if origin is None or leading is None:
             return plain
@@ -119,37 +92,51 @@ class ResidualTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_ordinary().__reduce_ex__(protocol)
 
+    def __copy__(self) -> torch.Tensor:
+        return _wrapped(copy.copy(self.as_ordinary()), self.known_origin())
+
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
-        return self.as_ordinary().__deepcopy__(memo)
+        if not self.is_leaf:
+            # Refused as it is for an ordinary tensor.
+            return copy.deepcopy(self.as_ordinary(), memo)
+        plain = self.as_ordinary().detach()
+        # As `copy` does: while the memo lives, no other object may get this one's id.
+        memo.setdefault(id(memo), []).append(plain)
+        # The same NLA, which is not part of the tensor.
+        copied = _wrapped(copy.deepcopy(plain, memo), self.known_origin())
+        if self.grad is not None:
+            copied.grad = copy.deepcopy(self.grad, memo)
+        return copied.requires_grad_(self.requires_grad)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        origin = self._known()
-        hook_name = None if origin is None else origin.hook_name
+        origin = self.known_origin()
+        hook_name = None if origin is None else self.hook_name
         return f"ResidualTensor({self.as_ordinary()!r}, hook_name={hook_name!r})"
 
     def as_ordinary(self) -> torch.Tensor:
         """The same memory as a plain `torch.Tensor`."""
         return self.as_subclass(torch.Tensor)
 
-    def _known(self) -> Origin | None:
+    def known_origin(self) -> Origin | None:
         """Where the vectors came from; None after `t_()` and the like, which move them about."""
         origin: Origin | None = getattr(self, "_origin", None)
-        if origin is None or origin.where_LX3.shape[:-1] != self.shape[:-1]:
+        if origin is None or origin.leading != self.shape[:-1]:
             return None
         return origin
 
     @property
     def origin(self) -> Origin:
         """Where the vectors came from."""
-        origin = self._known()
+        origin = self.known_origin()
         if origin is None:
             raise NLAError("where these vectors came from is not known (any more)")
         return origin
 
     @property
     def hook_name(self) -> str | None:
-        """The hook point, TransformerLens' spelling."""
-        return self.origin.hook_name
+        """The hook point, TransformerLens' spelling; None where the vectors are of several."""
+        names = {recording.hook_name for recording in self.origin.used()}
+        return names.pop() if len(names) == 1 else None
 
     def explain(self, nla: Explainer | None = None, **options: Any) -> Any:
         """Says in words what each vector holds.
@@ -162,16 +149,55 @@ class ResidualTensor(torch.Tensor):
             An `Explanation` for a single vector, else `Explanations` of the leading shape.
 
         Raises:
-            NLAError: No probe is attached and no `nla` is given, or a value is not explainable.
+            NLAError: No probe is attached and no `nla` is given, probes of several NLAs recorded
+                it, or a value is not explainable.
         """
-        nla = nla or self.origin.nla
-        if nla is None:
+        nla = nla or self._own_nla()
+        check_nla(nla)
+        return nla.explain(self, **options)
+
+    def _own_nla(self) -> Explainer:
+        nlas = {id(r.nla): r.nla for r in self.origin.used() if r.nla is not None}
+        if not nlas:
             raise NLAError(
                 "this residual has no NLA to explain it: attach one before the run "
                 "(nla_lens.attach(model, nla)), or say .explain(nla)"
             )
-        check_nla(nla)
-        return nla.explain(self, **options)
+        if len(nlas) > 1:
+            raise NLAError(
+                f"these residuals were recorded by probes of {len(nlas)} NLAs; say which one is to "
+                "explain them: .explain(nla)"
+            )
+        return next(iter(nlas.values()))
+
+
+def _known(value: Any) -> Origin | None:
+    return value.known_origin() if isinstance(value, ResidualTensor) else None
+
+
+def _wrapped(result: Any, origin: Origin | None) -> Any:
+    """A result with what is known of it; an ordinary one where nothing is."""
+    if origin is None:
+        # `F.identity` and the like answer what they were given.
+        return result.as_ordinary() if isinstance(result, ResidualTensor) else result
+    return result if isinstance(result, ResidualTensor) else ResidualTensor.wrap(result, origin)
+
+
+def _let_compiled_code_take_subclasses() -> None:
+    """Switches a check of torch.compile off that fails on any subclass of Tensor.
+
+    Since torch 2.10 the first call of compiled code looks whether custom operators answer their own
+    inputs, and refuses what is neither a Tensor nor a Parameter ("Multiple dispatch failed").
+    """
+    import torch._functorch.config as config
+
+    if hasattr(config, "check_custom_op_aliasing"):
+        config.check_custom_op_aliasing = False
+
+
+# What `torch.compiler.assume_constant_result` does, without loading the compiler: the function is
+# called while code that takes a ResidualTensor is being compiled, and leaves no trace in it.
+_let_compiled_code_take_subclasses._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_in_place(func: Any) -> bool:
