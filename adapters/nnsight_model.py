@@ -31,7 +31,8 @@ from nla_lens.adapters.nnsight_remote import explaining
 from nla_lens.adapters.nnsight_run import Recorder
 from nla_lens.engines.ndif.source import NDIFSource, open_remote_source
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import text_model
+from nla_lens.models.anatomy import blocks_of, text_model, width_of
+from nla_lens.models.proof import check_stream, say_dropout
 from nla_lens.models.tokens import token_text
 from nla_lens.nla import NLA
 from nla_lens.stream.explainer import check_fit
@@ -56,8 +57,9 @@ def attach(model: Any, nla: NLA) -> Probe:
     stack = _text_stack(model)
     if isinstance(model, _ProbedModel):
         raise NLAError(f"{what} has a probe already; detach it first")
-    blocks = list(stack.layers)
-    check_fit(nla, d_model=stack.config.hidden_size, n_blocks=len(blocks), what=what)
+    check_stream(stack)
+    blocks = list(blocks_of(stack))
+    check_fit(nla, d_model=width_of(stack), n_blocks=len(blocks), what=what)
     envoys = [_envoy_of(model, block) for block in blocks]
     tokenizer = getattr(model, "tokenizer", None)
     recorder = Recorder(
@@ -103,6 +105,8 @@ class NNsightSource:
         NLAError: Not an nnsight model around transformers blocks, or no tokenizer.
         """
         self._stack = _text_stack(model)
+        check_stream(self._stack)
+        say_dropout(self._stack)
         self.model = model
         self.tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
         if self.tokenizer is None:
@@ -115,10 +119,11 @@ class NNsightSource:
 
     def check_place(self, place: ResidPost) -> None:
         """Raises an NLAError if there is no such block."""
-        if place.layer >= len(self._stack.layers):
+        n_blocks = len(blocks_of(self._stack))
+        if place.layer >= n_blocks:
             raise NLAError(
-                f"layer {place.layer} does not exist: the model has {len(self._stack.layers)} "
-                f"blocks (0 to {len(self._stack.layers) - 1})"
+                f"layer {place.layer} does not exist: the model has {n_blocks} "
+                f"blocks (0 to {n_blocks - 1})"
             )
 
     @torch.inference_mode()
@@ -144,7 +149,7 @@ class NNsightSource:
 
 def block_output(model: Any, ids_BT: Tensor, place: ResidPost) -> Tensor:
     """Output of a block for token ids `[B, T]` without padding; later blocks do not run."""
-    block = _envoy_of(model, _text_stack(model).layers[place.layer])
+    block = _envoy_of(model, blocks_of(_text_stack(model))[place.layer])
     with model.trace(ids_BT) as tracer:
         output = block.output
         resid = (output[0] if isinstance(output, tuple) else output).save()

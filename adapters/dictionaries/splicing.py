@@ -18,6 +18,7 @@ from torch import Tensor
 from nla_lens.adapters.dictionaries.nla_dictionary import Edit, NLADictionary
 from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
+from nla_lens.models.anatomy import blocks_of, width_of
 from nla_lens.nla import NLA
 from nla_lens.stream.explainer import check_fit
 
@@ -98,9 +99,9 @@ def _in_nnsight(
     stack = _text_stack(model)
     layer = dictionary.nla.spec.layer or 0
     what = f"this {type(model).__name__}"
-    d_model, n_blocks = stack.config.hidden_size, len(stack.layers)
+    d_model, n_blocks = width_of(stack), len(blocks_of(stack))
     check_fit(dictionary.nla, d_model=d_model, n_blocks=n_blocks, what=what)
-    block = _envoy_of(model, stack.layers[layer])
+    block = _envoy_of(model, blocks_of(stack)[layer])
     with model.trace(tokens, **kwargs):
         output = block.output
         # Blocks give a tensor in some versions of transformers, a tuple in others.

@@ -22,7 +22,8 @@ pass costs besides its tokens, in tokens. Measured with one thread at d 512; it 
 def choose_batch_size(model: Any, n_tokens: int) -> int:
     """Rows whose key-value cache of `n_tokens` each fits into half of the free memory."""
     config = text_model(model).config
-    heads = config.num_attention_heads
+    # Families without attention say nothing of heads, and take this much at most.
+    heads = getattr(config, "num_attention_heads", None) or 1
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     cached = 2 * config.num_hidden_layers * kv_heads * head_dim * n_tokens

@@ -18,11 +18,12 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nla_lens.models.anatomy import input_device, text_model
+from nla_lens.models.anatomy import blocks_of, input_device, text_model, width_of
 from nla_lens.models.batching import padded_batches, right_padded
 from nla_lens.models.kv_cache import empty_cache, repeated
 from nla_lens.models.onednn import ByOneDNN
 from nla_lens.models.passes import OwnPass, has_hooks
+from nla_lens.models.proof import check_width
 
 _BY_TOKEN: Final = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
 """Parts of a block that read each token by itself; keys and values are needed for all tokens."""
@@ -47,8 +48,8 @@ class BlockReader:
         layer: The block, from 0.
         """
         self._model, self._stack = model, text_model(model)
-        self._block = self._stack.layers[layer]
-        self._width = int(self._stack.config.hidden_size)
+        self._block = blocks_of(model)[layer]
+        self._width = width_of(model)
         self._by_onednn = ByOneDNN(self._stack)
         self._prefix: tuple[list[int], Any] | None = None
 
@@ -113,7 +114,9 @@ class BlockReader:
                     input_ids=ids_BT, past_key_values=past, use_cache=past is not None
                 ),
             )
-        return output[0] if isinstance(output, tuple) else output
+        resid_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+        check_width(self._stack, resid_BTD)
+        return resid_BTD
 
     def _read_batch(
         self, prompts: Sequence[list[int]], positions: Sequence[list[int]], past: Any

@@ -108,13 +108,13 @@ def _check_fit(adapted: Any, given: set[str], path: str | Path) -> None:
     """
     from peft import get_peft_model_state_dict
 
-    from nla_lens.models.anatomy import text_model
+    from nla_lens.models.anatomy import blocks_of
 
     placed = set(get_peft_model_state_dict(adapted))
     # `target_modules` also names parts of a vision tower, which no NLA adapter trains.
     missing = {key for key in placed - given if "vision" not in key}
     # A reconstructor's base is cut after block K; the adapter may have been trained on all of it.
-    n_blocks = len(text_model(adapted.get_base_model()).layers)
+    n_blocks = len(blocks_of(adapted))
     surplus = {key for key in given - placed if _block(key) < n_blocks}
     if missing or surplus:
         raise NLAError(

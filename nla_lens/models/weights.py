@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import remove_final_norm, text_model, truncate
+from nla_lens.models import cutting
+from nla_lens.models.anatomy import final_norm_name, remove_final_norm, text_model
 from nla_lens.models.lora import adapter_base, merge_adapter
 from nla_lens.models.small_files import (
     check_config,
@@ -62,7 +63,7 @@ def load_causal_lm(
     with _clear_errors(base or path, "generation_config.json"):
         check_generation_config(base or path)
     options = {"config": _load_config(base or path, trust_remote_code)}
-    model = _load(AutoModelForCausalLM, base or path, options, *placing, may_miss=())
+    model = _load(AutoModelForCausalLM, base or path, options, *placing)
     return model if base is None else _frozen(merge_adapter(model, path))
 
 
@@ -96,15 +97,18 @@ def load_backbone(
     config = _load_config(base or path, trust_remote_code)
     if n_blocks is not None:
         with _clear_errors(base or path, "config.json"):
-            truncate(config, n_blocks, path)
+            cutting.check_blocks(config, n_blocks, path)
     placing = (dtype, device, device_map, quantization_config, trust_remote_code)
-    if base is None:
-        # An lm_head in the file is simply not looked at; the final norm may be absent.
-        options = {"config": config, **_renaming(config)}
-        model = _load(AutoModel, path, options, *placing, may_miss=("norm.weight",))
-    else:
-        whole = _load(AutoModelForCausalLM, base, {"config": config}, *placing, may_miss=())
-        model = text_model(_frozen(merge_adapter(whole, path)))
+    auto_class = AutoModel if base is None else AutoModelForCausalLM
+    if n_blocks is not None:
+        auto_class = cutting.cut(auto_class, n_blocks)
+    # An lm_head in the file is simply not looked at; the final norm may be absent.
+    options = {"config": config, **(_renaming(config) if base is None else {})}
+    model = _load(auto_class, base or path, options, *placing, needs_final_norm=base is not None)
+    if n_blocks is not None:
+        cutting.finish(model, n_blocks)
+    if base is not None:
+        model = text_model(_frozen(merge_adapter(model, path)))
     remove_final_norm(model)
     return model
 
@@ -168,7 +172,7 @@ def _load(
     device_map: Any,
     quantization_config: Any,
     trust_remote_code: bool,
-    may_miss: tuple[str, ...],
+    needs_final_norm: bool = True,
 ) -> PreTrainedModel:
     if quantization_config is not None:
         # Not passed on as None: that would hide the one in config.json.
@@ -183,7 +187,8 @@ def _load(
             output_loading_info=True,
             **options,
         )
-    missing = sorted(k for k in report["missing_keys"] if not k.endswith(may_miss or ("\0",)))
+    may_miss = () if needs_final_norm else _final_norm_keys(model)
+    missing = sorted(set(report["missing_keys"]) - set(may_miss))
     if missing or report["mismatched_keys"]:
         raise NLAError(
             f"{path}: the weights do not fit config.json; missing {missing[:5]}, of another shape "
@@ -193,6 +198,15 @@ def _load(
         with _clear_errors(path, "model"):
             model = model.to(device)
     return _frozen(model)
+
+
+def _final_norm_keys(model: Any) -> list[str]:
+    stack, name = text_model(model), final_norm_name(model)
+    if name is None:
+        return []
+    prefix = next(path for path, module in model.named_modules() if module is stack)
+    path = ".".join(filter(None, (prefix, name)))
+    return [f"{path}.{key}" for key, _ in getattr(stack, name).named_parameters()]
 
 
 def _frozen(model: Any) -> PreTrainedModel:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import input_device, text_model
+from nla_lens.models.anatomy import blocks_of, input_device
 from nla_lens.models.block_reader import BlockReader
 from nla_lens.models.passes import OwnPass
+from nla_lens.models.proof import check_stream, say_dropout
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_backbone, load_causal_lm, load_tokenizer
+from nla_lens.models.wrappers import is_transformers, unwrapped
 from nla_lens.stream.hook_point import ResidPost
 
 
@@ -27,16 +29,21 @@ class HFSource:
         tokenizer: Instead of the one under the model's `name_or_path`.
 
         Raises:
-            NLAError: Not a transformers model.
+            NLAError: Not a transformers model, nor one inside something else; or one of which
+                `hidden_states` are not its blocks' outputs.
         """
-        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        if not isinstance(model, nn.Module) or not any(map(is_transformers, model.modules())):
             raise NLAError(
                 f"cannot read the residual stream of a {type(model).__name__}; pass a "
                 "transformers, TransformerLens or nnsight model, or the name of a checkpoint"
             )
-        self.model: Any = model
-        self.tokenizer = tokenizer if tokenizer is not None else _own_tokenizer(model)
-        self._blocks: Any = text_model(model).layers
+        self.model: Any = unwrapped(model)
+        self._blocks = blocks_of(self.model)
+        self.tokenizer = tokenizer if tokenizer is not None else _own_tokenizer(self.model)
+        # Raises where the weights are nowhere.
+        input_device(self.model)
+        check_stream(self.model)
+        say_dropout(self.model)
 
     @property
     def is_whole(self) -> bool:

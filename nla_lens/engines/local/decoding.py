@@ -24,6 +24,7 @@ from torch import Tensor
 from nla_lens.engines import Job
 from nla_lens.engines.local.sampling import Sampler
 from nla_lens.errors import NLAError
+from nla_lens.models.anatomy import embedding_of
 from nla_lens.models.batching import choose_batch_size
 from nla_lens.models.kv_cache import empty_cache, joined, n_shared, repeated, select, shared
 from nla_lens.models.passes import OwnPass
@@ -262,7 +263,7 @@ class LocalVerbalizer:
         ids_1T = torch.tensor([list(ids)], device=self._device)
         # In a pass, so that another's hooks do not act on it.
         with OwnPass(self._lm):
-            embedded: Tensor = self._lm.get_input_embeddings()(ids_1T)[0]
+            embedded: Tensor = embedding_of(self._lm)(ids_1T)[0]
         return embedded.float().cpu()
 
     def can_share(self, n_columns: int) -> bool:

@@ -19,7 +19,7 @@ from nla_lens.engines import Job
 from nla_lens.engines.local.nnsight_traces import PLAIN, Injection, Places, generate, read
 from nla_lens.engines.local.transformers import adapter_blocks
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import text_model
+from nla_lens.models.anatomy import width_of
 from nla_lens.models.batching import choose_batch_size, length_batches
 from nla_lens.models.placement import Placement
 from nla_lens.models.tokens import find_eos_ids
@@ -159,7 +159,7 @@ class NNsightReconstructor:
     @torch.inference_mode()
     def last_resid(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """`[n, d]` float32."""
-        out_ND = torch.empty(len(prompts), text_model(self.model._module).config.hidden_size)
+        out_ND = torch.empty(len(prompts), width_of(self.model._module))
         for rows in self._batches([len(prompt) for prompt in prompts]):
             batch = [prompts[row] for row in rows]
             out_ND[rows] = self._read(batch).float()

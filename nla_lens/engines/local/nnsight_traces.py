@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import text_model
+from nla_lens.models.anatomy import blocks_of, embedding_of
 from nla_lens.stream.hook_point import ResidPost
 from nla_lens.stream.injection import NORM_MATCHED_ADD_AT, unit
 
@@ -75,8 +75,8 @@ class Places:
         def path(found: Any) -> str:
             return str(paths[id(found)]).removeprefix(f"{model.path}.")
 
-        blocks = tuple(path(block) for block in text_model(module).layers)
-        return cls(path(module.get_input_embeddings()), blocks)
+        blocks = tuple(path(block) for block in blocks_of(module))
+        return cls(path(embedding_of(module)), blocks)
 
     def injection(self, spec: NLASpec) -> str:
         """Where the vectors of an AV go in.

@@ -14,7 +14,7 @@ from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines.local import shared_prefix
 from nla_lens.engines.local.decoding import LocalVerbalizer
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import input_device, text_model
+from nla_lens.models.anatomy import blocks_of, embedding_of, input_device, width_of
 from nla_lens.models.block_reader import BlockReader
 from nla_lens.models.onednn import ByOneDNN
 from nla_lens.models.passes import OwnPass
@@ -137,12 +137,12 @@ class TransformersReconstructor:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._reader = BlockReader(model, len(text_model(model).layers) - 1)
+        self._reader = BlockReader(model, len(blocks_of(model)) - 1)
 
     def last_resid(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """`[n, d]` float32; see `nla_lens.models.block_reader` for how few passes that takes."""
         if not prompts:
-            return torch.empty(0, text_model(self.model).config.hidden_size)
+            return torch.empty(0, width_of(self.model))
         last = [[len(prompt) - 1] for prompt in prompts]
         return torch.cat(self._reader.read(prompts, last)).float().cpu()
 
@@ -158,9 +158,8 @@ def injection_module(model: Any, spec: NLASpec) -> nn.Module:
         NLAError: The model has no block 1 for `norm_matched_add`.
     """
     if spec.injection == "replace":
-        embedding: nn.Module = model.get_input_embeddings()
-        return embedding
-    blocks = text_model(model).layers
+        return embedding_of(model)
+    blocks = blocks_of(model)
     layer = NORM_MATCHED_ADD_AT.layer
     if len(blocks) <= layer:
         raise NLAError(f"norm_matched_add acts at the output of block {layer}; the model has fewer")

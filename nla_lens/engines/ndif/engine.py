@@ -31,7 +31,7 @@ from nla_lens.engines.ndif.simulation import SimulatedBackend
 from nla_lens.engines.ndif.versions import described
 from nla_lens.errors import NLAError
 from nla_lens.foreign import scrub
-from nla_lens.models.anatomy import text_model
+from nla_lens.models.anatomy import width_of
 from nla_lens.models.placement import Placement
 from nla_lens.models.small_files import check_generation_config
 from nla_lens.models.tokens import find_eos_ids
@@ -209,7 +209,7 @@ class NDIFVerbalizer(NNsightVerbalizer):
         return self.remote.server
 
     def _batch_size(self, n_tokens: int) -> int:
-        width = text_model(self.model._module).config.hidden_size
+        width = width_of(self.model._module)
         return max(1, min(_MOST_ROWS, _MOST_BYTES // (4 * width)))
 
     def _generate(self, job: Job, rows: range) -> Tensor:
