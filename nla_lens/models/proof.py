@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nla_lens.errors import NLAError, NLAWarning
 from nla_lens.models.anatomy import blocks_of, input_device, text_model, width_of
+from nla_lens.models.passes import OwnPass
 
 _proven: weakref.WeakSet[Any] = weakref.WeakSet()
 _CAUSAL_WITHIN: Final = 1e-3
@@ -71,16 +72,16 @@ def _check_by_a_pass(stack: Any) -> None:
         outputs.append(output[0] if isinstance(output, (tuple, list)) else output)
 
     ids_BT = torch.tensor([[1, 2, 3], [1, 2, 4]], device=input_device(stack))
-    handles = [block.register_forward_hook(hook) for block in blocks_of(stack)]
-    try:
-        states = stack(input_ids=ids_BT, output_hidden_states=True, use_cache=False).hidden_states
-    # Foreign classes do as they like with these arguments.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise _unknown(stack, f"a plain pass fails ({type(error).__name__}: {reason})") from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    options = {"output_hidden_states": True, "use_cache": False}
+    with OwnPass(stack) as own_pass:
+        for block in blocks_of(stack):
+            own_pass.hook(block, hook)
+        try:
+            states = stack(input_ids=ids_BT, **options).hidden_states
+        # Foreign classes do as they like with these arguments.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise _unknown(stack, f"a plain pass fails ({reason})") from error
     shape = (*ids_BT.shape, width_of(stack))
     if len(outputs) != len(blocks_of(stack)) or any(out.shape != shape for out in outputs):
         raise _unknown(stack, "its blocks do not each put out one vector of d_model per token")
