@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nla_lens.models.cache_keyword import cache_among
 from nla_lens.nla import NLA
 from nla_lens.stream.origin import Origin, locate
 from nla_lens.stream.residual import ResidualTensor
@@ -101,7 +102,7 @@ def where_of_pass(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | 
         ids_BT = torch.full(embeds_BTD.shape[:2], -1, device=embeds_BTD.device)
     mask_BS = kwargs.get("attention_mask")
     if not isinstance(mask_BS, Tensor) or mask_BS.ndim != 2:
-        past = kwargs.get("past_key_values")
+        past = cache_among(kwargs)
         n_past = 0 if past is None else int(past.get_seq_length())
         mask_BS = ids_BT.new_ones(len(ids_BT), n_past + ids_BT.shape[1])
     return locate(ids_BT, mask_BS)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nla_lens.models.cache_keyword import cache_among
 from nla_lens.models.tokens import token_text
 from nla_lens.stream.origin import locate
 
@@ -111,7 +112,7 @@ def _past_mask(said: Mapping[str, Any]) -> Tensor | None:
     if past is not None:
         previous_BP: Tensor = past.previous_attention_mask
         return previous_BP
-    past = said.get("past_key_values")
+    past = cache_among(said)
     return None if past is None else torch.ones(1, past.get_seq_length())
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nla_lens.models.anatomy import blocks_of, input_device, text_model, width_of
 from nla_lens.models.batching import padded_batches, right_padded
+from nla_lens.models.cache_keyword import cache_keyword
 from nla_lens.models.kv_cache import empty_cache, repeated
 from nla_lens.models.onednn import ByOneDNN
 from nla_lens.models.passes import OwnPass, has_hooks
@@ -51,6 +52,7 @@ class BlockReader:
         self._block = blocks_of(model)[layer]
         self._width = width_of(model)
         self._by_onednn = ByOneDNN(self._stack)
+        self._takes_cache_as = cache_keyword(self._stack)
         self._prefix: tuple[list[int], Any] | None = None
 
     @torch.inference_mode()
@@ -87,6 +89,11 @@ class BlockReader:
             found |= dict(zip(rows, read, strict=True))
         return [found[row] for row in range(len(prompts))]
 
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether what prompts begin with is ever kept."""
+        return self._stack.config.model_type in _CACHED and self._width >= WIDE
+
     def forget_prefix(self) -> None:
         """Drops the kept prefix; needed only after the model's weights were changed."""
         self._prefix = None
@@ -111,7 +118,7 @@ class BlockReader:
             output: Any = own_pass.output_of(
                 self._block,
                 lambda: self._stack(
-                    input_ids=ids_BT, past_key_values=past, use_cache=past is not None
+                    input_ids=ids_BT, use_cache=past is not None, **{self._takes_cache_as: past}
                 ),
             )
         resid_BTD: Tensor = output[0] if isinstance(output, tuple) else output

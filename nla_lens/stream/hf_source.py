@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import blocks_of, input_device
 from nla_lens.models.block_reader import BlockReader
+from nla_lens.models.cache_keyword import cache_keyword
 from nla_lens.models.passes import OwnPass
 from nla_lens.models.proof import check_stream, say_dropout
 from nla_lens.models.tokens import find_eos_ids
@@ -76,12 +77,12 @@ class HFSource:
     @torch.inference_mode()
     def go_on(self, ids: Sequence[int], n: int) -> list[int]:
         """Argmax continuation with a key-value cache."""
-        ends, written = find_eos_ids(self.model), []
+        ends, written, takes_cache_as = find_eos_ids(self.model), [], cache_keyword(self.model)
         step, cache = torch.tensor([list(ids)], device=input_device(self.model)), None
         for _ in range(n):
             with OwnPass(self.model):
-                out = self.model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache, chosen = out.past_key_values, int(out.logits[0, -1].float().argmax())
+                out = self.model(input_ids=step, use_cache=True, **{takes_cache_as: cache})
+            cache, chosen = out[takes_cache_as], int(out.logits[0, -1].float().argmax())
             if chosen in ends:
                 break
             written.append(chosen)

@@ -16,7 +16,8 @@ from torch import Tensor
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import Job
-from nla_lens.engines.local.nnsight_traces import PLAIN, Injection, Places, generate, read
+from nla_lens.engines.local.nnsight_traces import PLAIN, Injection, Places, forced, generate, read
+from nla_lens.engines.local.self_check import Script, check_decoding
 from nla_lens.engines.local.transformers import adapter_blocks
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import width_of
@@ -42,7 +43,9 @@ def load_verbalizer(
     model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids) or None)
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=placement.trust_remote_code)
     wrapped = import_nnsight().TransformersModel(model, task="text-generation", tokenizer=tokenizer)
-    return NNsightVerbalizer(wrapped, spec, eos_ids)
+    engine = NNsightVerbalizer(wrapped, spec, eos_ids)
+    check_decoding(model, Script.of(model, engine, spec), engine.rehearse, "nnsight", "nnsight")
+    return engine
 
 
 def load_reconstructor(
@@ -121,6 +124,15 @@ class NNsightVerbalizer:
             seeds=seeds,
             backend=self._backend(),
         )
+
+    def rehearse(self, script: Script) -> list[Tensor]:
+        """See `self_check.check_decoding`; nothing is injected."""
+        longest = max(map(len, script.rows))
+        rows = [row + row[-1:] * (longest - len(row)) for row in script.rows]
+        logits_BNV = forced(self.model, script.prompt_ids, rows, self.options(longest))
+        return [
+            logits_NV[: len(row)] for logits_NV, row in zip(logits_BNV, script.rows, strict=True)
+        ]
 
     def options(self, max_new_tokens: int) -> Mapping[str, Any]:
         """Arguments of transformers' `generate`."""

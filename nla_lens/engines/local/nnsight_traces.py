@@ -201,6 +201,33 @@ def generate(
     return found.cpu()
 
 
+def forced(
+    model: Any, prompt_ids: Sequence[int], rows: Sequence[Sequence[int]], options: Mapping[str, Any]
+) -> Tensor:
+    """Generates given tokens after one prompt, in this process.
+
+    Args:
+        model: An nnsight model.
+        prompt_ids: The prompt.
+        rows: What each row writes, equally long.
+        options: Arguments of transformers' `generate`.
+
+    Returns:
+        The logits before each token, `[B, n, V]` float32.
+    """
+    ids_BT, steps = torch.tensor([list(prompt_ids)] * len(rows)), list(zip(*rows, strict=True))
+    with model.generate(ids_BT, **options) as tracer:
+        found: Any = []
+        found.save()
+        for _ in tracer.iter[: len(steps)]:
+            step = steps[len(found)]
+            logits = model.output.logits
+            found.append(logits[:, -1].float().cpu().clone())
+            # The argmax that follows picks what was given.
+            logits[range(len(step)), -1, list(step)] = float("inf")
+    return torch.stack(found, dim=1)
+
+
 def write_on(
     model: Any, prompt_ids: Sequence[int], options: Mapping[str, Any], *, backend: Any = None
 ) -> list[int]:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines.local.decoding import LocalVerbalizer
+from nla_lens.engines.local.self_check import check_verbalizer
 from nla_lens.engines.local.transformers import adapter_blocks
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import text_model
 from nla_lens.models.batching import length_batches
+from nla_lens.models.cache_keyword import cache_keyword
 from nla_lens.models.passes import OwnPass
 from nla_lens.models.placement import Placement
 from nla_lens.models.tokens import find_eos_ids
@@ -40,7 +42,9 @@ def load_verbalizer(
     model = load_causal_lm(checkpoint.path, **vars(placement))
     eos_ids = find_eos_ids(model)
     text_lm = as_text_lm(text_model(model), model.get_output_embeddings())
-    return TransformerLensVerbalizer(to_bridge(text_lm, checkpoint), spec, eos_ids)
+    engine = TransformerLensVerbalizer(to_bridge(text_lm, checkpoint), spec, eos_ids)
+    check_verbalizer(engine, text_lm, spec, "transformer_lens", "transformer-lens")
+    return engine
 
 
 def load_reconstructor(
@@ -66,6 +70,7 @@ class TransformerLensVerbalizer(LocalVerbalizer):
         """
         super().__init__(bridge.original_model, torch.device(bridge.cfg.device), eos_ids)
         self.bridge = bridge
+        self._takes_cache_as = cache_keyword(bridge.original_model)
         self._hook_name, self._inject = _INJECTION[spec.injection]
         if self._hook_name not in bridge.hook_dict:
             raise NLAError(
@@ -93,11 +98,11 @@ class TransformerLensVerbalizer(LocalVerbalizer):
                     self.bridge.hook_dict[self._hook_name],
                     lambda _, args, resid_BTD: self._inject(resid_BTD, injected_BD, 0),
                 )
-            logits_BTV, _ = self.bridge(
+            logits_BTV = self.bridge(
                 ids_BT,
-                return_type="logits_and_cache",
-                past_key_values=cache,
+                return_type="logits",
                 use_cache=True,
+                **{self._takes_cache_as: cache},
                 **masked,
                 **placed,
             )
@@ -183,10 +188,31 @@ def to_bridge(text_lm: Any, checkpoint: Checkpoint) -> Any:
             "engine='transformer_lens' needs TransformerLens 3.9 or later (TransformerBridge): "
             "pip install 'transformer-lens>=3.9'"
         ) from error
-    return TransformerBridge.boot_transformers(
+    takes_cache_as = cache_keyword(text_lm)
+    bridge = TransformerBridge.boot_transformers(
         str(checkpoint.path),
         hf_model=text_lm,
         tokenizer=load_tokenizer(checkpoint.path),
         dtype=text_lm.dtype,
         device=text_lm.device,
     )
+    if takes_cache_as == "cache":
+        let_attention_find_its_cache(bridge)
+    return bridge
+
+
+def let_attention_find_its_cache(bridge: Any) -> None:
+    """Hands attention its cache under the name that TransformerLens looks for.
+
+    Where TransformerLens (4.3 at least) computes attention itself, it reads `past_key_values`
+    alone, and decodes without a cache when a block of transformers 5.24 hands it on as `cache`.
+    """
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {"past_key_values": kwargs.get("cache"), **kwargs}
+
+    for module in bridge.modules():
+        computes_itself = type(module).forward is not AttentionBridge.forward
+        if isinstance(module, AttentionBridge) and computes_itself:
+            module.register_forward_pre_hook(hook, with_kwargs=True)

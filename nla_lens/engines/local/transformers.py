@@ -13,9 +13,11 @@ from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines.local import shared_prefix
 from nla_lens.engines.local.decoding import LocalVerbalizer
+from nla_lens.engines.local.self_check import check_reader, check_verbalizer
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import blocks_of, embedding_of, input_device, width_of
 from nla_lens.models.block_reader import BlockReader
+from nla_lens.models.cache_keyword import cache_keyword
 from nla_lens.models.onednn import ByOneDNN
 from nla_lens.models.passes import OwnPass
 from nla_lens.models.placement import Placement
@@ -28,7 +30,9 @@ def load_verbalizer(
     checkpoint: Checkpoint, spec: NLASpec, placement: Placement
 ) -> TransformersVerbalizer:
     """The AV of a checkpoint directory."""
-    return TransformersVerbalizer(load_causal_lm(checkpoint.path, **vars(placement)), spec)
+    engine = TransformersVerbalizer(load_causal_lm(checkpoint.path, **vars(placement)), spec)
+    check_verbalizer(engine, engine.model, spec, "transformers")
+    return engine
 
 
 def load_reconstructor(
@@ -37,7 +41,9 @@ def load_reconstructor(
     """The truncated backbone of an AR directory; an adapter's base is cut after block K."""
     n_blocks = adapter_blocks(checkpoint, spec)
     model = load_backbone(checkpoint.path, n_blocks=n_blocks, **vars(placement))
-    return TransformersReconstructor(model)
+    engine = TransformersReconstructor(model)
+    check_reader(model, engine.reader, "transformers")
+    return engine
 
 
 def adapter_blocks(checkpoint: Checkpoint, spec: NLASpec) -> int | None:
@@ -70,6 +76,7 @@ class TransformersVerbalizer(LocalVerbalizer):
         self._rule = spec.injection
         self._place = injection_module(model, spec)
         self._by_onednn = ByOneDNN(model)
+        self._takes_cache_as = cache_keyword(model)
         self._keeps_shared = shared_prefix.enable(model)
         self._window = shared_prefix.narrowest_window(model)
 
@@ -97,9 +104,9 @@ class TransformersVerbalizer(LocalVerbalizer):
                 input_ids=ids_BT,
                 attention_mask=None if mask_BL is None else mask_BL.long(),
                 position_ids=positions_BT,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self._takes_cache_as: cache},
             )
         logits_BV: Tensor = out.logits[:, -1].float()
         return logits_BV
@@ -133,22 +140,23 @@ class TransformersReconstructor:
 
     Attributes:
         model: The truncated backbone, frozen.
+        reader: Reads its last block.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._reader = BlockReader(model, len(blocks_of(model)) - 1)
+        self.reader = BlockReader(model, len(blocks_of(model)) - 1)
 
     def last_resid(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """`[n, d]` float32; see `nla_lens.models.block_reader` for how few passes that takes."""
         if not prompts:
             return torch.empty(0, width_of(self.model))
         last = [[len(prompt) - 1] for prompt in prompts]
-        return torch.cat(self._reader.read(prompts, last)).float().cpu()
+        return torch.cat(self.reader.read(prompts, last)).float().cpu()
 
     def forget_prefix(self) -> None:
         """Frees the kept prefix; needed only after the model's weights were changed."""
-        self._reader.forget_prefix()
+        self.reader.forget_prefix()
 
 
 def injection_module(model: Any, spec: NLASpec) -> nn.Module:
