@@ -27,6 +27,19 @@ class NLAError(ValueError):
         super().__init__(harmless(str(message)))
 
 
+class ForeignError(Exception):
+    """Stands in a traceback for a library's error whose words would steer a terminal."""
+
+
+def told(error: BaseException) -> BaseException:
+    """An error as the cause of another: itself, or with its words spelled out."""
+    words = str(error)
+    if harmless(words) == words:
+        return error
+    stand_in = ForeignError(f"{type(error).__name__}: {harmless(words)}")
+    return stand_in.with_traceback(error.__traceback__)
+
+
 class NLARemoteError(NLAError):
     """A server failed, or could not be reached; says what to do.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from nla_lens.cli.options import halves_options, load_nla, loading_options
-from nla_lens.cli.output import print_table
+from nla_lens.cli.output import print_json, print_table
 from nla_lens.errors import NLAError
 
 
@@ -75,7 +74,7 @@ def features(
         )
     if as_json:
         for line in found.to_dict():
-            click.echo(json.dumps(line, ensure_ascii=False))
+            print_json(line)
     else:
         print_table(found.to_table(title=sae))
 

@@ -19,6 +19,7 @@ from nla_lens.adapters.dictionaries.latents import Latents
 from nla_lens.adapters.dictionaries.loading import opened
 from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
+from nla_lens.foreign import harmless
 from nla_lens.nla import NLA
 from nla_lens.results import metrics
 from nla_lens.results.explanation import Explanation
@@ -107,14 +108,20 @@ class Decomposition:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, title=" ".join(self.flags) or None, title_style="yellow")
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            title=Text(harmless(" ".join(self.flags))) if self.flags else None,
+            title_style="yellow",
+        )
         table.add_column("", style="bold cyan", no_wrap=True)
         table.add_column("says", ratio=1, overflow="fold")
         table.add_column("", justify="right")
-        table.add_row("NLA", Text(self.explanation.text), f"{self.n_words} words")
+        table.add_row("NLA", Text(harmless(self.explanation.text)), f"{self.n_words} words")
         for latent in self.latents:
             table.add_row(
-                f"latent {latent.index}", Text(latent.text or ""), f"{latent.contribution:.2f}"
+                f"latent {latent.index}",
+                Text(harmless(latent.text or "")),
+                f"{latent.contribution:.2f}",
             )
         for name, fit, size in (
             ("NLA", self.nla, f"{self.n_words} words"),
@@ -127,7 +134,7 @@ class Decomposition:
             table.add_row(f"{name} fits", Text(f"cos {fit.cos:.3f}{fve}"), size)
             if fit.missed_text is not None:
                 missed = f"{fit.missed_share:.0%} of ||x||"
-                table.add_row(f"{name} misses", Text(fit.missed_text), missed)
+                table.add_row(f"{name} misses", Text(harmless(fit.missed_text)), missed)
         return table
 
     def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from nla_lens.errors import NLAError
+from nla_lens.disk.writing import write_whole
+from nla_lens.errors import NLAError, NLAWarning
+from nla_lens.foreign import to_json
 from nla_lens.results.columns import Column
 from nla_lens.results.display import to_table
 from nla_lens.results.explanation import NUMBER, Explanation
 from nla_lens.results.explanations import Explanations
-from nla_lens.results.lines import Format, json_line, read_lines, whole_lines, write_lines
+from nla_lens.results.lines import Format, Growing, growing, read_lines, write_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,7 +134,6 @@ class FeatureExplanations(Explanations):
         Returns:
             The file written.
         """
-        path = Path(path)
         lines = [
             {
                 "modelId": model_id,
@@ -143,11 +146,7 @@ class FeatureExplanations(Explanations):
             }
             for e in self.flat
         ]
-        path.write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
-            encoding="utf-8",
-        )
-        return path
+        return write_whole(path, "".join(to_json(line) + "\n" for line in lines))
 
     def save(self, path: str | Path) -> Path:
         """Writes JSON lines, a header and then a latent a line; `load` reads them."""
@@ -175,45 +174,56 @@ class FeatureStore:
     def __init__(self, path: Path) -> None:
         """Reads what is there; a last line that was cut short is taken as not written.
 
+        A damaged line is left out with an `NLAWarning`: its latent counts as not explained.
+
         Raises:
-            NLAError: No such file, or a damaged one.
+            NLAError: No such file, or another one's header.
         """
         self.path = path
-        self._torn = bool(whole_lines(path)[1])
-        header, records = read_lines(path, _FORMAT, FeatureExplanation.from_dict, keep_torn=False)
+        self._file: Growing | None = None
+        lost: list[NLAError] = []
+        header, records = read_lines(
+            path, _FORMAT, FeatureExplanation.from_dict, keep_torn=False, lost=lost.append
+        )
         about = header.get("about")
         if not isinstance(about, dict):
             raise NLAError(f"{path} does not say what it was made with")
         self.about: dict[str, Any] = about
         self.finished = {record.index: record for record in records}
+        if lost:
+            more = f" (and {len(lost) - 1} more lines)" if len(lost) > 1 else ""
+            warnings.warn(f"{lost[0]}{more}: left out", NLAWarning, stacklevel=3)
 
     @classmethod
-    def open(cls, path: str | Path, about: Mapping[str, Any]) -> FeatureStore:
-        """Goes on with a store, or begins one.
+    @contextlib.contextmanager
+    def open(cls, path: str | Path, about: Mapping[str, Any]) -> Iterator[FeatureStore]:
+        """Goes on with a store, or begins one; nobody else writes to it meanwhile.
 
         Raises:
-            NLAError: The store was made with something else; names what differs.
+            NLAError: The store was made with something else (names what differs), or is being
+                written.
         """
         path = Path(path)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_FORMAT.header({"about": dict(about)}), encoding="utf-8")
-        store = cls(path)
         due = json.loads(json.dumps(dict(about)))
-        differs = sorted(k for k in {*due, *store.about} if due.get(k) != store.about.get(k))
-        if differs:
-            key = differs[0]
-            raise NLAError(
-                f"{path} was made with {key}={store.about.get(key)!r}, not {due.get(key)!r}; name "
-                "another file"
-            )
-        if store._torn:
-            whole = path.read_bytes()
-            path.write_bytes(whole[: whole.rfind(b"\n") + 1])
-        return store
+        with growing(path, _FORMAT, {"about": due}) as file:
+            store = cls(path)
+            differs = sorted(k for k in {*due, *store.about} if due.get(k) != store.about.get(k))
+            if differs:
+                key = differs[0]
+                raise NLAError(
+                    f"{path} was made with {key}={store.about.get(key)!r}, not {due.get(key)!r}; "
+                    "name another file"
+                )
+            store._file = file
+            yield store
 
-    def append(self, file: TextIO, found: FeatureExplanation) -> None:
-        """Adds a latent, on disk before the next one is begun."""
+    def append(self, found: FeatureExplanation) -> None:
+        """Adds a latent, written before the next one is begun.
+
+        Raises:
+            NLAError: It cannot be written, or the store is not open.
+        """
+        if self._file is None:
+            raise NLAError(f"{self.path} is not open for writing; use FeatureStore.open")
+        self._file.append(found)
         self.finished[found.index] = found
-        file.write(json_line(found))
-        file.flush()

@@ -97,13 +97,12 @@ def explain_features(
             )
         }
         return FeatureExplanations(found[i] for i in chosen)
-    held = FeatureStore.open(store, reader.about())
-    missing = [i for i in dict.fromkeys(chosen) if i not in held.finished]
-    with held.path.open("a", encoding="utf-8") as file:
+    with FeatureStore.open(store, reader.about()) as held:
+        missing = [i for i in dict.fromkeys(chosen) if i not in held.finished]
         for e in with_progress(
             reader.read(missing), total=len(missing), show=progress, unit="latent"
         ):
-            held.append(file, e)
+            held.append(e)
     return FeatureExplanations(held.finished[i] for i in chosen)
 
 

@@ -89,7 +89,7 @@ def read_sidecar(directory: Path) -> Sidecar:
 
 
 def _load_yaml(path: Path) -> Mapping[str, Any]:
-    if not path.exists():
+    if not path.exists() or path.is_dir():
         raise NLAError(
             f"no {SIDECAR_NAME} in {path.parent}: not an NLA checkpoint, or one whose sidecar was "
             "left behind; ask whoever made it for the file"

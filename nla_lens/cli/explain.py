@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import click
 
 from nla_lens.cli.options import halves_options, load_nla, loading_options, parse_positions
-from nla_lens.cli.output import print_table
+from nla_lens.cli.output import print_json, print_table
 from nla_lens.errors import NLAError
 
 
@@ -69,20 +67,11 @@ def explain(
             raise
         click.echo(f"interrupted; {len(found)} explanations were finished", err=True)
     if as_json:
-        click.echo(json.dumps(_finite(found.to_dict())))
+        print_json(found.to_dict())
     else:
         print_table(to_table(found.flat))
     if html:
         found.to_html(html)
-
-
-def _finite(values: Any) -> Any:
-    """The same with null for the numbers JSON does not have, such as the score of a NaN."""
-    if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 _EXPLAIN_OPTIONS = ("max_new_tokens", "temperature", "num_samples", "seed", "batch_size")

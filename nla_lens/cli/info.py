@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nla_lens.cli.options import spec_options
-from nla_lens.cli.output import print_table
+from nla_lens.cli.output import print_json, print_table
+from nla_lens.foreign import harmless
 
 if TYPE_CHECKING:
     from nla_lens.checkpoints.spec import NLASpec
@@ -32,17 +32,17 @@ def info(checkpoint: str, as_json: bool, **options: Any) -> None:
         described = {
             name: {"value": value, "from": origin} for name, (value, origin) in rows.items()
         }
-        click.echo(json.dumps(described))
+        print_json(described)
     else:
         print_table(spec_table(spec, title=checkpoint))
 
 
 def spec_table(spec: NLASpec, *, title: str) -> Table:
     """What was loaded and where each value came from."""
-    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    table = Table(title=Text(harmless(title)), title_justify="left", title_style="bold")
     table.add_column("field", style="bold cyan")
     table.add_column("value", overflow="fold")
     table.add_column("from", style="dim")
     for name, value, origin in spec.rows():
-        table.add_row(name, Text(value), origin)
+        table.add_row(name, Text(harmless(value)), Text(origin))
     return table

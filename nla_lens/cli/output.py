@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from nla_lens.foreign import harmless
+from nla_lens.foreign import harmless, to_json
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,20 @@ def print_findings(findings: Iterable[Finding]) -> bool:
         click.echo(f"{click.style(mark, fg=colour)} {told}")
         passed &= finding.passed is not False
     return passed
+
+
+def print_json(values: Any) -> None:
+    """Prints one line of JSON: nothing in it steers a terminal, and no number that JSON lacks."""
+    click.echo(to_json(_finite(values)))
+
+
+def _finite(values: Any) -> Any:
+    """The same with null for the numbers JSON does not have, such as the score of a NaN."""
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def print_table(table: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Final
 import yaml
 
 from nla_lens.checks import is_unicode
-from nla_lens.errors import NLAError
+from nla_lens.errors import NLAError, told
 
 MOST_BYTES: Final = 8 << 20
 """Published configs have a few kilobytes, those of tokenizers up to some megabytes."""
@@ -46,7 +46,7 @@ def read_bytes(
             if not stat.S_ISREG(found.st_mode):
                 raise NLAError(f"{path} cannot be read: it is no regular file")
             size = found.st_size
-            content = file.read(most_bytes + 1) if size <= most_bytes else b""
+            content = file.read(size + 1) if size <= most_bytes else b""
     except (OSError, ValueError) as error:
         if isinstance(error, NLAError):
             raise
@@ -75,7 +75,7 @@ def read_json(path: str | Path, *, most_bytes: int = MOST_BYTES) -> dict[str, An
         )
         _check(found, _MOST_JSON_DEPTH)
     except (ValueError, RecursionError) as error:
-        raise NLAError(f"{path} cannot be read as JSON: {_one_line(error)}") from error
+        raise NLAError(f"{path} cannot be read as JSON: {_one_line(error)}") from told(error)
     if not isinstance(found, dict):
         raise NLAError(f"{path} must hold an object, found {type(found).__name__}")
     return found
@@ -96,7 +96,7 @@ def read_yaml(
         _check(found, _MOST_YAML_DEPTH)
     # PyYAML's constructors raise ValueError, AttributeError and the like on odd scalars.
     except Exception as error:
-        raise NLAError(f"{path} cannot be read as YAML: {_one_line(error)}") from error
+        raise NLAError(f"{path} cannot be read as YAML: {_one_line(error)}") from told(error)
     if not isinstance(found, Mapping):
         raise NLAError(f"{path} must hold a mapping, found {type(found).__name__}")
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nla_lens.disk.reading import read_json
-from nla_lens.errors import NLAError
+from nla_lens.errors import NLAError, told
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -73,7 +73,7 @@ def merge_adapter(model: Any, path: str | Path) -> Any:
             reason = " ".join(str(error).split())[:400]
             raise NLAError(
                 f"the adapter {path} does not fit its base ({type(error).__name__}: {reason})"
-            ) from error
+            ) from told(error)
     return merged if part is model else model
 
 

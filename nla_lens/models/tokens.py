@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nla_lens.checks import is_int
-from nla_lens.errors import NLAError
+from nla_lens.errors import NLAError, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ def render_chat(
         raise NLAError(
             f"the chat template of {tokenizer.name_or_path} refuses these messages "
             f"({type(error).__name__}: {error})"
-        ) from error
+        ) from told(error)
     # transformers 5 answers a BatchEncoding, 4.x a list.
     return list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nla_lens.errors import NLAError
+from nla_lens.errors import NLAError, told
 from nla_lens.models import cutting
 from nla_lens.models.anatomy import final_norm_name, remove_final_norm, text_model
 from nla_lens.models.lora import adapter_base, merge_adapter
@@ -225,7 +225,7 @@ def _clear_errors(path: object, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400]
         raise NLAError(
             f"the {what} of {path} cannot be loaded ({type(error).__name__}: {reason})"
-        ) from error
+        ) from told(error)
 
 
 @contextlib.contextmanager

@@ -91,5 +91,6 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: harmless(value) if isinstance(value, str) else value,
     )
     return environment.get_template("explanations.html.jinja")

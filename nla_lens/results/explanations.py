@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 
+from nla_lens.disk.writing import write_whole
 from nla_lens.errors import NLAError
+from nla_lens.foreign import well_formed
 from nla_lens.results.display import to_html
 from nla_lens.results.explanation import Explanation
-from nla_lens.results.lines import Format, damaged, read_lines, write_lines, writing
+from nla_lens.results.lines import Format, damaged, read_lines, write_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,7 +103,7 @@ class Explanations(Sequence["Explanation | Explanations"]):
             raise NLAError("to_pandas needs pandas: pip install pandas") from error
         kind = type(self.flat[0]) if self.flat else Explanation
         columns = [f.name for f in fields(kind) if f.name != "samples"]
-        rows = [{c: getattr(e, c) for c in columns} for e in self.flat]
+        rows = [{c: _for_tables(getattr(e, c)) for c in columns} for e in self.flat]
         frame = pd.DataFrame(rows, columns=columns)
         if len(self.shape) > 1:
             frame.index = pd.MultiIndex.from_product([range(n) for n in self.shape])
@@ -113,12 +115,7 @@ class Explanations(Sequence["Explanation | Explanations"]):
         Returns:
             The file written.
         """
-        path = Path(path)
-        with writing(path):
-            path.write_text(
-                to_html(self.flat, whole_page=True), encoding="utf-8", errors="backslashreplace"
-            )
-        return path
+        return write_whole(path, to_html(self.flat, whole_page=True))
 
     def save(self, path: str | Path) -> Path:
         """Writes JSON lines: a header, then one explanation a line.
@@ -137,3 +134,8 @@ class Explanations(Sequence["Explanation | Explanations"]):
         header, records = read_lines(path, cls.LINES, Explanation.from_dict)
         with damaged(path, 1):
             return cls(records, header["shape"])
+
+
+def _for_tables(value: Any) -> Any:
+    """Tables are written to files, for which half of a surrogate pair is no text."""
+    return well_formed(value) if isinstance(value, str) else value
