@@ -316,5 +316,4 @@ class NLA:
             `AR(edited) - AR(explanation)`, `[d]` float32; adding it to the residual stream steers
             the source model.
         """
-        original_D, edited_D = self.reconstruct([str(explanation), edited])
-        return edited_D - original_D
+        return self._need_reconstructor().difference(str(explanation), edited)

@@ -14,6 +14,7 @@ from nla_lens.checks import is_int, is_number
 from nla_lens.errors import NLAError, NLARemoteError
 from nla_lens.halves.reconstructor import Reconstructor
 from nla_lens.halves.verbalizer import Answer, Verbalizer
+from nla_lens.models.ambient import undisturbed_steps
 from nla_lens.results import metrics
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.flags import find_flags
@@ -75,6 +76,7 @@ class Options:
             raise NLAError("score=True needs a reconstructor; load one with ar=")
 
 
+@undisturbed_steps
 def explain_batch(
     verbalizer: Verbalizer,
     reconstructor: Reconstructor | None,

@@ -22,6 +22,7 @@ from nla_lens.engines.served.prompt_rows import open_small
 from nla_lens.errors import NLAError
 from nla_lens.halves.reconstructor import Reconstructor, check_prompt, load_head
 from nla_lens.halves.verbalizer import Verbalizer
+from nla_lens.models.ambient import undisturbed
 from nla_lens.models.placement import Placement
 from nla_lens.models.weights import load_tokenizer
 
@@ -41,6 +42,7 @@ class Request:
     url: Any = None
 
 
+@undisturbed()
 def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
     """Loads what was asked for.
 

@@ -14,6 +14,7 @@ from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checks import is_unicode, naming
 from nla_lens.engines import ReconstructorEngine
 from nla_lens.errors import NLAError
+from nla_lens.models.ambient import undisturbed
 from nla_lens.stream.injection import fill
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Reconstructor:
         """The tokenized prompt for one text, with the tokenizer's special tokens (BOS)."""
         return tokenize_prompt(self.spec, self.tokenizer, text)
 
+    @undisturbed()
     def reconstruct(self, texts: Sequence[str]) -> Tensor:
         """Vectors for texts.
 
@@ -63,6 +65,12 @@ class Reconstructor:
         """
         resid_ND = self.engine.last_resid([self.prompt_ids(text) for text in check_texts(texts)])
         return torch.nn.functional.linear(resid_ND, self.weight_DD, self.bias_D)
+
+    @undisturbed()
+    def difference(self, text: str, edited: str) -> Tensor:
+        """`AR(edited) - AR(text)`, `[d]` float32 on the CPU."""
+        original_D, edited_D = self.reconstruct([text, edited])
+        return edited_D - original_D
 
 
 def check_texts(texts: Iterable[str]) -> list[str]:

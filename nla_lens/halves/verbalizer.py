@@ -15,6 +15,7 @@ from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checks import is_unicode
 from nla_lens.engines import Job, VerbalizerEngine
 from nla_lens.errors import NLAError
+from nla_lens.models.ambient import undisturbed
 from nla_lens.models.tokens import render_chat
 from nla_lens.stream.injection import find_marker, replace, rescale
 from nla_lens.stream.vectors import VectorsLike, check_vectors
@@ -80,6 +81,7 @@ class Verbalizer:
         """Index in `prompt_ids` where vectors are injected."""
         return self._prompt.marker
 
+    @undisturbed()
     def prompt_embeds(self, vectors: VectorsLike) -> Tensor:
         """The prompt with vectors injected, as it enters block 0.
 
@@ -108,6 +110,7 @@ class Verbalizer:
             return vectors_ND
         return rescale(vectors_ND, self.spec.injection_scale)
 
+    @undisturbed()
     def marker_reading(self, max_new_tokens: int = 200) -> str:
         """What the model writes when nothing is injected and it reads the marker itself."""
         if self.spec.injection == "replace":

@@ -135,8 +135,7 @@ class BlockReader:
         few = self._width >= WIDE and 2 * len(at_N) <= ids_BT.numel()
         resid_BTD = self.run(ids_BT, past, (rows_N, at_N) if few else None)
         here = resid_BTD.device
-        # Copies, so that a token that is kept does not keep the whole batch in memory.
-        return [part.clone() for part in resid_BTD[rows_N.to(here), at_N.to(here)].split(counts)]
+        return [kept(part) for part in resid_BTD[rows_N.to(here), at_N.to(here)].split(counts)]
 
     def _read_as_it_is(
         self,
@@ -150,7 +149,7 @@ class BlockReader:
         for rows in padded_batches(lengths, torch.device("cpu"), batch_size, equal=True):
             resid_BTD = self.run(torch.tensor([list(prompts[row]) for row in rows]))
             for resid_TD, row in zip(resid_BTD, rows, strict=True):
-                found[row] = resid_TD[list(positions[row])].clone()
+                found[row] = kept(resid_TD[list(positions[row])])
         return [found[row] for row in range(len(prompts))]
 
     def _shared(self, prompts: Sequence[list[int]], most: int) -> tuple[list[int], Any]:
@@ -230,6 +229,16 @@ def _scattered(found_1ND: Tensor, shape: tuple[int, ...], at: Tokens) -> Tensor:
     out_BTD = found_1ND.new_zeros(*shape, found_1ND.shape[-1])
     out_BTD[at] = found_1ND[0]
     return out_BTD
+
+
+def kept(resid_ND: Tensor) -> Tensor:
+    """A copy, so that a token that is kept does not keep the whole batch in memory.
+
+    An ordinary tensor also in inference mode, whose own can neither be changed in place nor trained
+    on by whoever gets them.
+    """
+    with torch.inference_mode(False):
+        return resid_ND.clone()
 
 
 def may_cut(model: nn.Module, width: int) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nla_lens.models.ambient import undisturbed
 from nla_lens.stream.injection import rescale, unit
 
 
@@ -53,6 +54,7 @@ def var_nrm(vec_ND: Tensor, mse_scale: float | None) -> float:
     return float((scaled_ND - scaled_ND.mean(0)).square().mean())
 
 
+@undisturbed()
 def score(
     pred_ND: Tensor, gold_ND: Tensor, *, mse_scale: float | None, var_nrm: float | None
 ) -> Scores:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from nla_lens.checks import is_int, is_unicode
 from nla_lens.errors import NLAError
+from nla_lens.models.ambient import undisturbed
 from nla_lens.models.batching import padded_batches, right_padded
+from nla_lens.models.block_reader import kept
 from nla_lens.models.tokens import render_chat, token_text
 from nla_lens.stream.frameworks import adapter_of, find_adapter
 from nla_lens.stream.hook_point import ResidPost
@@ -64,6 +66,7 @@ class Source(Protocol):
         ...
 
 
+@undisturbed()
 def extract(
     model: Any,
     texts: str | Sequence[Text],
@@ -114,6 +117,7 @@ def extract(
     ]
 
 
+@undisturbed()
 def read_text(
     source: Source,
     text: Text,
@@ -153,8 +157,7 @@ def _read(
     for rows in padded_batches(lengths, torch.device("cpu"), batch_size, equal=not may_cut):
         resid_BTD = source.resid(right_padded([prompts[row] for row in rows]), place)
         for i, row in enumerate(rows):
-            # A copy, so that a kept position does not keep the whole batch in memory.
-            found[row] = resid_BTD[i][picked[row]].clone()
+            found[row] = kept(resid_BTD[i][picked[row]])
     return [found[row] for row in range(len(prompts))]
 
 
@@ -199,6 +202,7 @@ def _wrap(
     return ResidualTensor.wrap(resid_ND, origin)
 
 
+@undisturbed()
 def open_source(
     model: Any,
     *,

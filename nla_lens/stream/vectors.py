@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nla_lens.errors import NLAError
+from nla_lens.models.ambient import undisturbed
 from nla_lens.stream.origin import Origin
 from nla_lens.stream.residual import ResidualTensor
 
@@ -45,6 +46,7 @@ class VectorBatch:
         return len(self.vectors_ND)
 
 
+@undisturbed()
 def check_vectors(vectors: VectorsLike, d_model: int) -> VectorBatch:
     """Brings vectors of any float dtype, device and number of leading axes into one form.
 
