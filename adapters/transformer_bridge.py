@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.adapters.transformer_bridge_run import Run
-from nla_lens.engines.local.transformer_lens import hook_output
+from nla_lens.engines.local.transformer_lens import hook_output, let_attention_find_its_cache
 from nla_lens.errors import NLAError
 from nla_lens.models.block_reader import may_cut
 from nla_lens.models.passes import OwnPass
@@ -67,8 +67,13 @@ def attach(model: Any, nla: NLA) -> Probe:
     _refuse_centred(model)
     shadows = _shadows(model, nla)
     own.update(shadows)
+    # What is recorded behind a cache has to be what the model computes there.
+    bridged = hasattr(model, "original_model")
+    handles = let_attention_find_its_cache(model) if bridged else []
 
     def undo() -> None:
+        for handle in handles:
+            handle.remove()
         for name, shadow in shadows.items():
             if own.get(name) is shadow:
                 del own[name]

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from nla_lens.models.cache_keyword import cache_keyword
+
 Answered = tuple[int, Any]
 """Status and body: JSON, or bytes as they are."""
 Act = Callable[["Handler"], "Answered | None"]
@@ -201,7 +203,7 @@ class ModelServer:
         generator = torch.Generator().manual_seed(seed)
         x_1TD = embeds_TD[None].to(dtype)
         while len(ids) < most:
-            out = stack(inputs_embeds=x_1TD, past_key_values=cache, use_cache=True)
+            out = stack(inputs_embeds=x_1TD, use_cache=True, **{cache_keyword(stack): cache})
             logits_V = self.model.lm_head(out.last_hidden_state[0, -1]).float()
             if wishes["temperature"] > 0:
                 probs_V = (logits_V / wishes["temperature"]).softmax(-1)

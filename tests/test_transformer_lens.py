@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import nla_lens
 from nla_lens import NLA, NLAError, ResidualTensor
+from nla_lens.models.cache_keyword import cache_keyword
 from nla_lens.stream.residual import PADDING
 
 from .checkpoints import build_source
@@ -260,6 +262,16 @@ def test_detaching_leaves_what_another_tool_has_put_there(model: Any, nla: NLA) 
     model.__dict__["run_with_cache"] = outer = lambda *args, **kwargs: inner(*args, **kwargs)
     probe.detach()
     assert vars(model).pop("run_with_cache") is outer
+
+
+def test_detaching_takes_its_hooks_along(model: Any, nla: NLA) -> None:
+    def hooks() -> int:
+        return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+    before = hooks()
+    with nla_lens.attach(model, nla):
+        pass
+    assert hooks() == before
 
 
 def test_a_deep_copy_runs_itself(model: Any, nla: NLA) -> None:
@@ -570,10 +582,16 @@ def test_gradients(probed: Any) -> None:
 # With a key-value cache
 
 
-def test_positions_go_on_behind_a_cache(kind: str, probed: Any) -> None:
+# transformers takes the new name from 5.24 on, and the old one still.
+KEYWORDS = dict.fromkeys(["past_key_values", cache_keyword(LlamaForCausalLM.forward)])
+
+
+@pytest.mark.parametrize("keyword", KEYWORDS)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_positions_go_on_behind_a_cache(kind: str, probed: Any, keyword: str) -> None:
     ids_BT = probed.to_tokens(TEXT)
     ids = ids_BT[0].tolist()
-    given = new_cache(kind, probed, 1)
+    given = new_cache(kind, probed, 1, keyword)
     _, before = probed.run_with_cache(ids_BT[:, :4], **given)
     _, after = probed.run_with_cache(ids_BT[:, 4:], **given)
     assert known(before["resid_post", K]) == counted(ids[:4])
@@ -598,11 +616,11 @@ def test_positions_go_on_behind_a_padded_cache(kind: str, probed: Any) -> None:
     assert_stands_where_it_says(probed, cache["resid_post", K], rows)
 
 
-def new_cache(kind: str, model: Any, n_rows: int) -> dict[str, Any]:
+def new_cache(kind: str, model: Any, n_rows: int, keyword: str = "") -> dict[str, Any]:
     if kind == BRIDGE:
         from transformers import DynamicCache
 
-        return {"past_key_values": DynamicCache(), "use_cache": True}
+        return {keyword or cache_keyword(model.original_model): DynamicCache(), "use_cache": True}
     if MAJOR < 3:
         from transformer_lens import HookedTransformerKeyValueCache as KeyValueCache
     else:

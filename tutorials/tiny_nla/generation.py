@@ -12,6 +12,8 @@ from tokenization import EOS, MARKER
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
+from nla_lens.models.cache_keyword import cache_keyword
+
 MAX_NEW_TOKENS = 80
 
 
@@ -43,7 +45,7 @@ def verbalize(
     prompt = av_prompt_ids(tokenizer)
     marker = prompt.index(tokenizer.token_to_id(MARKER))
     end = tokenizer.token_to_id(EOS)
-    texts = []
+    texts, takes_cache_as = [], cache_keyword(model)
     for vectors_BD in vectors_ND.split(batch):
         ids_BT = torch.tensor([prompt] * len(vectors_BD))
         with injected(model, vectors_BD, marker, scale):
@@ -57,7 +59,8 @@ def verbalize(
             written.append(next_B)
             if finished_B.all():
                 break
-            out = model(input_ids=next_B[:, None], past_key_values=out.past_key_values)
+            kept = {takes_cache_as: out[takes_cache_as]}
+            out = model(input_ids=next_B[:, None], **kept)
         texts.extend(between_tags(tokenizer, row) for row in torch.stack(written, 1).tolist())
     return texts
 

@@ -192,7 +192,8 @@ def _without_cache(lm: Any, script: Script) -> list[Tensor]:
 
 def _plain_ids(lm: Any, without: frozenset[int] = frozenset()) -> Iterator[int]:
     """Token ids from the middle of the vocabulary, where no special ones are."""
-    n_vocab = len(embedding_of(lm).weight)
+    embedding: Any = embedding_of(lm)
+    n_vocab = len(embedding.weight)
     step = n_vocab // 2 // (_PROMPT + sum(_LENGTHS) + len(without)) or 1
     return (i for i in range(n_vocab // 4, n_vocab, step) if i not in without)
 

@@ -22,7 +22,7 @@ from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import text_model
 from nla_lens.models.batching import length_batches
 from nla_lens.models.cache_keyword import cache_keyword
-from nla_lens.models.passes import OwnPass
+from nla_lens.models.passes import OwnHook, OwnPass
 from nla_lens.models.placement import Placement
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_backbone, load_causal_lm
@@ -188,7 +188,6 @@ def to_bridge(text_lm: Any, checkpoint: Checkpoint) -> Any:
             "engine='transformer_lens' needs TransformerLens 3.9 or later (TransformerBridge): "
             "pip install 'transformer-lens>=3.9'"
         ) from error
-    takes_cache_as = cache_keyword(text_lm)
     bridge = TransformerBridge.boot_transformers(
         str(checkpoint.path),
         hf_model=text_lm,
@@ -196,23 +195,31 @@ def to_bridge(text_lm: Any, checkpoint: Checkpoint) -> Any:
         dtype=text_lm.dtype,
         device=text_lm.device,
     )
-    if takes_cache_as == "cache":
-        let_attention_find_its_cache(bridge)
+    let_attention_find_its_cache(bridge)
     return bridge
 
 
-def let_attention_find_its_cache(bridge: Any) -> None:
+def let_attention_find_its_cache(bridge: Any) -> list[Any]:
     """Hands attention its cache under the name that TransformerLens looks for.
 
     Where TransformerLens (4.3 at least) computes attention itself, it reads `past_key_values`
     alone, and decodes without a cache when a block of transformers 5.24 hands it on as `cache`.
+
+    Returns:
+        Handles of the hooks; none where the two agree.
     """
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def act(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {"past_key_values": kwargs.get("cache"), **kwargs}
 
-    for module in bridge.modules():
-        computes_itself = type(module).forward is not AttentionBridge.forward
-        if isinstance(module, AttentionBridge) and computes_itself:
-            module.register_forward_pre_hook(hook, with_kwargs=True)
+    if cache_keyword(bridge.original_model) != "cache":
+        return []
+    # In every pass, and none of anybody's that has to be respected: nothing but a name is added.
+    hook = OwnHook(lambda: True, act)
+    return [
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        for module in bridge.modules()
+        # The others leave it to the layer inside, which knows its own name.
+        if isinstance(module, AttentionBridge) and type(module).forward != AttentionBridge.forward
+    ]
