@@ -27,6 +27,7 @@ PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
 .PHONY: help demo test test-slow test-courses test-sae-lens test-ndif test-vllm find-redis bench clean
+.PHONY: test-newest constraints
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -53,6 +54,18 @@ test-courses: .venv-courses/.test  ## run the suite with transformer-lens 2.18 a
 test-sae-lens: .venv-sae-lens/.test  ## run the suite with sae-lens and transformer-lens 3.9
 	HF_HUB_OFFLINE=1 .venv-sae-lens/bin/python -m pytest $(PYTEST_ARGS)
 
+# Resolved anew each time. Only torch is held, as each release brings gigabytes of CUDA packages:
+# `make test-newest TORCH=2.15.0` takes another one, `TORCH=` the newest.
+TORCH ?= 2.13.0
+test-newest: .venv-newest/.python  ## run the suite with the newest release of everything, and say what that is
+	@echo "Resolving nla-lens[$(NEWEST_EXTRAS)] into .venv-newest without constraints"
+	@.venv-newest/bin/python -m pip install -q --upgrade --upgrade-strategy eager \
+	  -e '.[$(NEWEST_EXTRAS)]' $(if $(TORCH),'torch==$(TORCH)')
+	@.venv-newest/bin/python -m pip list --format freeze | grep -E \
+	  '^(torch|transformers|tokenizers|transformer-lens|nnsight|peft|accelerate|huggingface.hub|numpy|safetensors)=='
+	HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest $(PYTEST_ARGS)
+NEWEST_EXTRAS = transformer-lens,nnsight,lora,dev
+
 # Redis is looked for first: the environment takes minutes.
 test-ndif: find-redis .venv-ndif/.test  ## test against a real NDIF server; needs Python 3.12 or 3.13, and redis-server
 	NLA_LENS_TEST_NDIF=1 HF_HUB_OFFLINE=1 .venv-ndif/bin/python -m pytest tests/ndif_server $(PYTEST_ARGS)
@@ -67,8 +80,25 @@ find-redis:
 bench: .venv/.test  ## measure speed and memory next to what a user would do otherwise: some 20 minutes
 	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/run.py --out benchmarks/results/cpu.txt
 
+# Each constraints/NAME.in says what is to be resolved and, in its line `# uv:`, for which Python.
+constraints: export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+constraints: .venv-constraints/.uv  ## renew constraints/*.txt from constraints/*.in: a minute or two
+	@set -e; for given in constraints/*.in; do \
+	  echo "Resolving $$given"; \
+	  .venv-constraints/bin/uv pip compile "$$given" $$(sed -n 's/^# uv: //p' "$$given") --quiet \
+	    --no-header --no-annotate --no-emit-package nla-lens --output-file .venv-constraints/resolved.txt --upgrade; \
+	  { sed -n '/^# uv: /q; p' "$$given"; grep -vE $(LEFT_OUT) .venv-constraints/resolved.txt; } \
+	    > .venv-constraints/renewed.txt; \
+	  mv .venv-constraints/renewed.txt "$${given%.in}.txt"; \
+	done
+LEFT_OUT = "^(nvidia-|cuda-|triton|torchvision|torchaudio|torchcodec)|== '(win32|emscripten|pypy)'$$"
+
+.venv-constraints/.uv: .venv-constraints/.python
+	@$(@D)/bin/python -m pip install -q uv
+	@touch $@
+
 clean:  ## remove the environments, caches and build leftovers
-	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif .venv-vllm build dist nla_lens.egg-info
+	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif .venv-vllm .venv-newest .venv-constraints build dist nla_lens.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -115,6 +145,8 @@ comma := ,
 .venv-vllm/.python: PYTHON = $(PYTHON311)
 .venv-vllm/.python: OLDEST = 11
 .venv-vllm/.python: NEWEST = 11
+
+.venv-newest/.python: PYTHON = $(PYTHON311)
 
 %/.python:
 	@command -v "$(PYTHON)" >/dev/null || { \
