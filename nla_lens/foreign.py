@@ -52,10 +52,14 @@ def scrub(text: str, key: str | None) -> str:
         text: Whole: shorten it afterwards.
         key: The key, where there is one.
     """
-    if key:
-        text = _written(key).sub(_HIDDEN, text)
-    text = _USER.sub(rf"\1{_HIDDEN}@", _KEY_SHAPE.sub(_HIDDEN, text))
+    text = _KEY_SHAPE.sub(_HIDDEN, without_key(text, key))
+    text = _USER.sub(rf"\1{_HIDDEN}@", text)
     return _QUERY.sub(r"\1", text)
+
+
+def without_key(text: str, key: str | None) -> str:
+    """A text without the API key, however it is written, and nothing else changed."""
+    return _written(key).sub(_HIDDEN, text) if key else text
 
 
 @functools.lru_cache(maxsize=4)

@@ -23,7 +23,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
         self.server.lying.heard.append((self.path, dict(self.headers)))
-        self._reply(*self.server.lying.answer("/request"))
+        self._reply(*self.server.lying.answer(self.path))
         self.server.lying.posted.set()
 
     def do_GET(self) -> None:

@@ -76,6 +76,7 @@ zstandard = pytest.importorskip("zstandard")
 
 from nla_lens.engines.ndif.results import read_result  # noqa: E402
 from nla_lens.engines.ndif.wire import read_response  # noqa: E402
+from nla_lens.engines.served.server import Server  # noqa: E402
 from nla_lens.models.weights import load_tokenizer  # noqa: E402
 
 
@@ -328,7 +329,8 @@ def test_lies_of_ndif(lie: str, remote: NLA, lying: LyingNDIF, caplog: Any) -> N
     LIES[lie](lying)
     told = str(refused(remote))
     assert harmless(told) == told
-    assert KEY[:12] not in "".join(r.getMessage() for r in caplog.records if "nla_lens" in r.name)
+    logged = [r.getMessage() for r in caplog.records if not r.name.startswith("httpcore")]
+    assert KEY[:12] not in "".join(logged)
 
 
 @pytest.mark.parametrize(
@@ -341,3 +343,107 @@ def test_an_environment_that_cannot_be_used(
     monkeypatch.setenv(variable, value)
     error = refused(remote)
     assert error.cause == "settings" and variable in str(error)
+
+
+# --- vLLM and SGLang ---
+
+
+@pytest.fixture
+def av(pair_dirs: Callable[..., tuple[Path, Path]]) -> Path:
+    return pair_dirs("llama", "replace")[0]
+
+
+def answered(**choice: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "token_ids": [5], "finish_reason": "length", **choice}]}
+
+
+def vllm_refuses(av: Path, lying: LyingNDIF) -> str:
+    """What is said when an AV is loaded on a server that lies; the key is nowhere in it."""
+    server = Server(lying.url, api_key=KEY, patience=0.5, timeout=5.0)
+    with pytest.raises(NLARemoteError) as caught:
+        nla = NLA.from_pretrained(av=av, engine="vllm", url=server)
+        nla.explain(torch.ones(64), max_new_tokens=3)
+    everything = shown(caught.value)
+    for written in (KEY, quote(KEY, safe=""), base64.b64encode(KEY.encode()).decode()):
+        assert written not in everything
+    assert any(headers.get("Authorization") == f"Bearer {KEY}" for _, headers in lying.heard)
+    told = str(caught.value)
+    assert harmless(told) == told
+    return told
+
+
+POST = "/v1/completions"
+VLLM_LIES: dict[str, Callable[[LyingNDIF], object]] = {
+    "as a finish reason": lambda s: s.answers.update(
+        {POST: answered(token_ids=[], finish_reason=KEY)}
+    ),
+    "as a finish reason, far out": lambda s: s.answers.update(
+        {POST: answered(token_ids=[], finish_reason="x" * 70 + KEY)}
+    ),
+    "as a model": lambda s: s.answers.update({"/v1/models": {"data": [{"id": KEY}]}}),
+    "as a token": lambda s: s.answers.update({POST: answered(token_ids=[KEY])}),
+    "as an index": lambda s: s.answers.update({POST: answered(index=KEY)}),
+    "in a refusal": lambda s: (
+        s.statuses.update({POST: 400}),
+        s.answers.update({POST: {"error": {"message": "x" * 395 + KEY}}}),
+    ),
+    "far out in a refusal": lambda s: (
+        s.statuses.update({POST: 401}),
+        s.answers.update({POST: " " * 6395 + KEY}),
+    ),
+    "encoded": lambda s: (
+        s.statuses.update({POST: 500}),
+        s.answers.update({POST: base64.b64encode(f"Bearer {KEY}".encode()) + KEY.encode()}),
+    ),
+    "steering the terminal": lambda s: (
+        s.statuses.update({POST: 500}),
+        s.answers.update({POST: "\x1b[2J\x9b\u202e\ud800"}),
+    ),
+    "deep": lambda s: s.answers.update({POST: b"[" * 100_000}),
+    "compressed": lambda s: s.headers.update({POST: {"Content-Encoding": "gzip"}}),
+    "elsewhere": lambda s: (
+        s.statuses.update({POST: 307}),
+        s.headers.update({POST: {"Location": f"http://127.0.0.2/{KEY}"}}),
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", VLLM_LIES)
+def test_lies_of_vllm(lie: str, av: Path, lying: LyingNDIF, caplog: Any) -> None:
+    caplog.set_level("DEBUG")
+    lying.answers.update({"/v1/models": {"data": [{"id": str(av)}]}, POST: answered()})
+    VLLM_LIES[lie](lying)
+    vllm_refuses(av, lying)
+    # httpcore writes all headers that come in into its DEBUG log, whoever asks.
+    logged = [r.getMessage() for r in caplog.records if not r.name.startswith("httpcore")]
+    assert KEY[:12] not in "".join(logged)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("HTTPS_PROXY", "garbage://x"), ("ALL_PROXY", "\x01"), ("SSL_CERT_FILE", "/no/such/file")],
+)
+def test_an_environment_that_vllm_cannot_be_asked_with(
+    variable: str, value: str, av: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(NLARemoteError, match=f"look at .*{variable}") as caught:
+        NLA.from_pretrained(av=av, engine="vllm", url=Server("https://x.invalid", api_key=KEY))
+    assert KEY not in shown(caught.value) and caught.value.cause == "settings"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h/?k={}", "http://{}@h", "http://u:{}@h:1", "http://h/#{}", "{}@h", "h?{}"]
+)
+def test_an_address_with_a_key_in_it_is_not_quoted(url: str) -> None:
+    with pytest.raises(NLAError, match="a key goes into api_key=") as caught:
+        Server(url.format("sesame"), api_key=KEY)
+    assert "sesame" not in shown(caught.value) and KEY not in shown(caught.value)
+    assert KEY not in repr(Server("http://h", api_key=KEY))
+    with pytest.raises(NLAError) as caught:
+        Server("http://h", api_key=KEY + "\n")
+    assert KEY not in shown(caught.value)
+    if "//" in url and "h?" not in url:
+        with pytest.raises(NLAError) as caught:
+            NLA.from_pretrained("tiny", engine="ndif:" + url.format("sesame"))
+        assert "sesame" not in str(caught.value)

@@ -8,6 +8,7 @@ block 0: a token more or less, or Gemma's factor, would show in the log-probabil
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from nla_lens.checkpoints.chat import Prompt, canonical_prompt
@@ -20,6 +21,7 @@ from nla_lens.engines.served.prompt_rows import open_small
 from nla_lens.engines.served.server import Server
 from nla_lens.engines.served.verbalizer import ServedVerbalizer
 from nla_lens.errors import NLAError
+from nla_lens.foreign import scrub
 from nla_lens.models.placement import Placement
 from nla_lens.models.weights import load_tokenizer
 
@@ -48,7 +50,8 @@ def examine_server(
     """
     server = Server.of(url, engine)
     spec = read_spec(checkpoint, **options)
-    return _examine(checkpoint, spec, engine, server, options.get("revision"))
+    found = _examine(checkpoint, spec, engine, server, options.get("revision"))
+    return (replace(f, detail=scrub(f.detail, server.api_key)) for f in found)
 
 
 def _examine(

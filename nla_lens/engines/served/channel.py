@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from nla_lens.engines.served.server import Server
 from nla_lens.errors import NLAError, NLARemoteError
-from nla_lens.foreign import harmless, scrub
+from nla_lens.foreign import harmless, scrub, without_key
 
 if TYPE_CHECKING:
     import httpx
@@ -69,7 +69,23 @@ class Channel:
         self._client: httpx.AsyncClient | None = None
 
     def __enter__(self) -> Channel:
-        self._client = _client(self._server)
+        """Raises:
+        NLARemoteError: The environment's proxy or certificates cannot be used.
+        """
+        wrong = ""
+        try:
+            self._client = _client(self._server)
+        # Of a proxy's address, or a file of certificates: httpx raises anything.
+        except Exception as error:
+            wrong = self._quoted(error)
+        if self._client is None:
+            self._loop.close()
+            # Not raised where it was caught: what a tool shows of a traceback includes the key.
+            raise self._error(
+                f"cannot be asked with this environment ({wrong}): look at HTTP_PROXY, "
+                "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR",
+                "settings",
+            )
         self._thread.start()
         return self
 
@@ -112,7 +128,23 @@ class Channel:
         return self._run(self._called("POST", path, sent, limit))
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return asyncio.run_coroutine_threadsafe(self._told(coroutine), self._loop)
+
+    async def _told(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """What came of a request; an error of it without those of httpx, whose frames hold the key.
+
+        Raises:
+            NLARemoteError: Whatever went wrong.
+        """
+        failure: NLARemoteError
+        try:
+            return await coroutine
+        except NLARemoteError as error:
+            failure = error
+        except Exception as error:
+            failure = self._error(f"could not be asked ({self._quoted(error)})")
+        failure.__cause__ = failure.__context__ = None
+        raise failure.with_traceback(None)
 
     async def _called(self, method: str, path: str, body: bytes | None, limit: int) -> Any:
         import tenacity
@@ -129,7 +161,8 @@ class Channel:
         except _NotRunError as error:
             raise error.told from None
         try:
-            return json.loads(data)
+            # A server may repeat the key anywhere, and its words are quoted.
+            return json.loads(without_key(data.decode("utf-8"), self._server.api_key))
         # Deeply nested: RecursionError.
         except (ValueError, RecursionError):
             raise self._error(f"answered {path} with something that is not JSON") from None
@@ -217,7 +250,7 @@ class Channel:
         )
 
     def _error(self, what: str, cause: str = "failed") -> NLARemoteError:
-        return NLARemoteError(f"the server at {self._server.url} {what}", cause=cause)
+        return self._server.error(what, cause)
 
     def _quoted(self, error: Exception) -> str:
         return self._clean(str(error) or type(error).__name__)
@@ -227,7 +260,7 @@ class Channel:
         try:
             said: Any = json.loads(data)
         except (ValueError, RecursionError):
-            said = data[: 4 * _MOST_WORDS].decode("utf-8", "replace")
+            said = data.decode("utf-8", "replace")
         for key in ("error", "message"):
             if isinstance(said, Mapping) and key in said:
                 said = said[key]
@@ -237,7 +270,7 @@ class Channel:
 
     def _clean(self, text: str) -> str:
         """One short line without the key and without anything that steers a terminal."""
-        line = scrub(harmless(" ".join(text[: 16 * _MOST_WORDS].split())), self._server.api_key)
+        line = harmless(" ".join(scrub(text, self._server.api_key).split()))
         return line if len(line) <= _MOST_WORDS else f"{line[:_MOST_WORDS]}…"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -12,12 +12,26 @@ from urllib.parse import urlsplit
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checks import is_int, is_number
 from nla_lens.errors import NLAError, NLARemoteError
+from nla_lens.foreign import scrub
 
 KEY_VARIABLE: Final = "NLA_LENS_API_KEY"
 """The environment variable the API key is taken from where none is given."""
 
 
-@dataclass(frozen=True)
+class _Key(str):
+    """A key that tools which print the values in a traceback do not show."""
+
+    def __repr__(self) -> str:
+        return "<key>"
+
+    @classmethod
+    def of(cls, given: Any) -> Any:
+        """What was given, or the environment's; anything else is refused later."""
+        found = os.environ.get(KEY_VARIABLE) if given is None else given
+        return cls(found) if isinstance(found, str) else found
+
+
+@dataclass(frozen=True, init=False)
 class Server:
     """A vLLM or SGLang server; `url=` of `from_pretrained` takes one, or its address alone.
 
@@ -49,18 +63,40 @@ class Server:
     rows_per_request: int = 8
     reads_embeds: bool = False
 
-    def __post_init__(self) -> None:
-        """Checks what was given, and takes the key from the environment.
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        api_key: str | None = None,
+        dtype: Any = None,
+        timeout: float = 600.0,
+        patience: float = 10.0,
+        connections: int = 32,
+        rows_per_request: int = 8,
+        reads_embeds: bool = False,
+    ) -> None:
+        """See the class.
 
         Raises:
-            NLAError: Names the field.
+            NLAError: Names the argument.
         """
-        object.__setattr__(self, "url", _address(self.url))
-        key = os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key
+        # Before anything can be raised: nothing in this frame is the key any more.
+        api_key, (url, wrong) = _Key.of(api_key), _address(url)
+        object.__setattr__(self, "url", url)
+        if wrong:
+            raise NLAError(wrong)
         # httpx would show a key that is no header in its message.
-        if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable()):
+        if api_key is not None and not (
+            isinstance(api_key, str) and api_key.isascii() and api_key.isprintable()
+        ):
             raise NLAError(f"the API key (api_key=, {KEY_VARIABLE}) must be printable ASCII")
-        object.__setattr__(self, "api_key", key or None)
+        given = (url, model, api_key or None, dtype, timeout, patience)
+        for name, value in zip(
+            (f.name for f in fields(self)),
+            (*given, connections, rows_per_request, reads_embeds),
+            strict=True,
+        ):
+            object.__setattr__(self, name, value)
         for name in ("timeout", "patience"):
             value = getattr(self, name)
             if not is_number(value) or not 0 < value < float("inf"):
@@ -81,31 +117,35 @@ class Server:
             raise NLAError(f"engine={engine!r} needs url=, as in url='http://localhost:8000'")
         return url if isinstance(url, Server) else cls(url)
 
+    def error(self, what: str, cause: str = "failed") -> NLARemoteError:
+        """Something the server did, in words without the key."""
+        message = scrub(f"the server at {self.url} {what}", self.api_key)
+        return NLARemoteError(message, cause=cause)
+
     def hurried(self) -> Server:
         """The same with little patience, for questions before the work begins."""
         return replace(self, patience=min(self.patience, 2.0), timeout=min(self.timeout, 60.0))
 
 
-def _address(url: Any) -> str:
-    """`http://host:port`.
-
-    Raises:
-        NLAError: Something else; the message leaves out what may be a password.
-    """
+def _address(url: Any) -> tuple[str, str]:
+    """`http://host:port`, and what is wrong with it; that leaves out what may be a password."""
     asked = "url= must be of the form http://HOST:PORT or https://HOST"
     if not isinstance(url, str):
-        raise NLAError(f"{asked}, found a {type(url).__name__}")
+        return "", f"{asked}, found a {type(url).__name__}"
+    if set("@?#") & set(url):
+        return "", (
+            f"{asked}, without a user's name and password, a query or a fragment; a key goes into "
+            "api_key="
+        )
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018  (raises where it is no number)
     except ValueError as error:
-        raise NLAError(f"{asked}: {error}") from None
-    if parts.username is not None or parts.password is not None:
-        raise NLAError(f"{asked}, without a user's name and password; a key goes into api_key=")
+        return "", f"{asked}: {error}"
     whole = parts.scheme in ("http", "https") and parts.hostname
-    if not whole or parts.query or parts.fragment or not url.isascii() or not url.isprintable():
-        raise NLAError(f"{asked}, found {url!r:.80}")
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+    if not whole or not url.isascii() or not url.isprintable():
+        return "", f"{asked}, found {url!r:.80}"
+    return url.rstrip("/").removesuffix("/v1").rstrip("/"), ""
 
 
 @dataclass(frozen=True)
@@ -174,10 +214,10 @@ def pick(models: Sequence[Served], checkpoint: Checkpoint, server: Server) -> Se
         return fitting[0]
     there = ", ".join(f"{m.name!r:.120}" for m in models[:5])
     wanted = server.model or checkpoint.name
-    raise NLARemoteError(
-        f"the server at {server.url} serves {there}, and not {wanted!r:.200}: start it with that "
-        "model; if it is the same under another name, say so with url=Server(URL, model=NAME)",
-        cause="not_deployed",
+    raise server.error(
+        f"serves {there}, and not {wanted!r:.200}: start it with that model; if it is the same "
+        "under another name, say so with url=Server(URL, model=NAME)",
+        "not_deployed",
     )
 
 

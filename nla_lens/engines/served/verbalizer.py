@@ -227,7 +227,7 @@ class ServedVerbalizer(ABC):
 
     def error(self, what: str, cause: str = "failed") -> NLARemoteError:
         """Something the server did."""
-        return NLARemoteError(f"the server at {self.server.url} {what}", cause=cause)
+        return self.server.error(what, cause)
 
 
 def open_half(
