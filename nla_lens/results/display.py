@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from nla_lens.foreign import harmless
 from nla_lens.results.columns import Kind, in_use
 
 if TYPE_CHECKING:
     import jinja2
+    from rich.table import Table
+    from rich.text import Text
 
 GOOD_FVE, FAIR_FVE = 0.75, 0.5
 """Shown green from the first on (released pairs reach 0.75), red below the second."""
@@ -22,6 +20,9 @@ GOOD_FVE, FAIR_FVE = 0.75, 0.5
 
 def to_table(records: Sequence[Any], *, title: str | None = None) -> Table:
     """A terminal table of explanations, or of other records of one kind; columns in use only."""
+    from rich import box
+    from rich.table import Table
+
     shown = None if title is None else _harmless(title)
     table = Table(title=shown, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     columns = in_use(records)
@@ -44,10 +45,14 @@ _SET: Final[dict[Kind, dict[str, Any]]] = {
 
 def _harmless(text: str) -> Text:
     """A text whose control characters do not reach the terminal."""
+    from rich.text import Text
+
     return Text(harmless(text))
 
 
 def _cell(kind: Kind, value: Any) -> Text:
+    from rich.text import Text
+
     if kind in ("number", "score"):
         style = _STYLES[_grade(value)] if kind == "score" and value is not None else ""
         return Text("–", style="dim") if value is None else Text(f"{value:.2f}", style=style)
