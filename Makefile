@@ -18,6 +18,13 @@ endef
 OLDEST = 10
 NEWEST = 13
 PYTEST_ARGS ?=
+# Processes that run tests, 0 for none but pytest itself. Each holds torch, transformers and the small
+# models: about 1 GB.
+PROCESSORS = $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+WORKERS ?= $(shell echo $$(($(PROCESSORS) < 8 ? $(PROCESSORS) : 8)))
+# $(call pytest,ENVIRONMENT): each worker begins with a run of neighbours, which share fixtures, and takes
+# over from the others when it is done.
+pytest = HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # The models in the demo and the tests are small: one thread is as fast as many on an idle machine,
 # and several times faster on a busy one.
@@ -35,24 +42,28 @@ help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "Another Python: make test PYTHON=python3.12    A part of the suite: make test PYTEST_ARGS='-k spec'"
+	@echo "In one process: make test WORKERS=0"
 
 demo: .venv/.demo  ## explain real sentences position by position, offline, and print the table
 	@HF_HUB_OFFLINE=1 .venv/bin/python tutorials/demo.py
 
+# mypy has one processor while tests begin on the others; what it finds is told at the end.
 test: .venv/.test  ## lint, check types and run the suite with transformer-lens 4 and transformers 5
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
-	.venv/bin/python -m mypy
-	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest $(PYTEST_ARGS)
+	@.venv/bin/python -m mypy >.venv/.types 2>&1 & types=$$!; \
+	trap 'kill $$types 2>/dev/null; exit 130' INT TERM; \
+	(set -x; $(call pytest,.venv)); tests=$$?; \
+	echo "mypy:"; wait $$types; types=$$?; cat .venv/.types; exit $$((tests ? tests : types))
 
 test-slow: .venv/.test  ## the tests that take minutes: training the embedded NLA at a small scale
-	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -m slow $(PYTEST_ARGS)
+	$(call pytest,.venv) -m slow
 
 test-courses: .venv-courses/.test  ## run the suite with transformer-lens 2.18 and transformers 4.57
-	HF_HUB_OFFLINE=1 .venv-courses/bin/python -m pytest $(PYTEST_ARGS)
+	$(call pytest,.venv-courses)
 
 test-sae-lens: .venv-sae-lens/.test  ## run the suite with sae-lens and transformer-lens 3.9
-	HF_HUB_OFFLINE=1 .venv-sae-lens/bin/python -m pytest $(PYTEST_ARGS)
+	$(call pytest,.venv-sae-lens)
 
 # Resolved anew each time. Only torch is held, as each release brings gigabytes of CUDA packages:
 # `make test-newest TORCH=2.15.0` takes another one, `TORCH=` the newest.
@@ -104,10 +115,14 @@ clean:  ## remove the environments, caches and build leftovers
 
 # A stamp file is written when an installation has succeeded, so a second run goes straight on.
 
+# setuptools notes what it knows of the package in the environment, where tests that run meanwhile do
+# not see it: in the root it would be found before the environment's own.
+PIP_INSTALL = DIST_EXTRA_CONFIG='$(CURDIR)/$(@D)/setup.cfg' $(@D)/bin/python -m pip install -q
+
 # $(call install,EXTRAS,CONSTRAINTS)
 define install
 @echo "Installing nla-lens[$(1)] into $(@D): a minute or two the first time"
-@$(@D)/bin/python -m pip install -q -e '.[$(1)]' -c constraints/$(2).txt
+@$(PIP_INSTALL) -e '.[$(1)]' -c constraints/$(2).txt
 @touch $@
 endef
 comma := ,
@@ -128,7 +143,7 @@ comma := ,
 
 .venv-ndif/.test: .venv-ndif/.python pyproject.toml constraints/ndif.txt
 	@echo "Installing an NDIF server into $(@D): some minutes and 5.5 GB the first time"
-	@$(@D)/bin/python -m pip install -q -e '.[nnsight]' 'ndif[api,ray]' 'moto[server]' \
+	@$(PIP_INSTALL) -e '.[nnsight]' 'ndif[api,ray]' 'moto[server]' \
 	  pytest pytest-timeout -c constraints/ndif.txt
 	@touch $@
 
@@ -137,7 +152,7 @@ comma := ,
 .venv-vllm/.test: .venv-vllm/.python pyproject.toml constraints/vllm.txt
 	@echo "Installing a vLLM server into $(@D): a minute and 2.1 GB the first time"
 	@$(@D)/bin/python -m pip install -q --no-deps -r constraints/vllm.txt
-	@$(@D)/bin/python -m pip install -q --no-deps -e .
+	@$(PIP_INSTALL) --no-deps -e .
 	@touch $@
 
 .venv-ndif/.python: PYTHON = $(PYTHON312)
@@ -159,4 +174,5 @@ comma := ,
 	  echo "nla-lens: '$(PYTHON)' has no venv or no ensurepip module, so no environment can be made." \
 	    "Debian and Ubuntu have them in the package python3-venv." >&2; exit 1; }
 	@"$(PYTHON)" -m venv $(@D)
+	@printf '[egg_info]\negg_base = %s\n' '$(CURDIR)/$(@D)' >$(@D)/setup.cfg
 	@touch $@
