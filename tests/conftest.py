@@ -6,6 +6,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
+import torch
 
 from nla_lens import NLA
 
@@ -15,6 +16,12 @@ from .checkpoints import build_pair, build_source, reference, vectors
 # multimodal model. Our code never lets it; should that break, a test must fail and not the
 # environment.
 os.environ["PIP_NO_INDEX"] = "1"
+
+# How the rows of a product are shared out among threads changes its last bits: plain passes of
+# transformers alone differ by 2e-6 with two threads and with one, twice what tests allow. And the
+# models are small: one thread is as fast as many, and several times faster on a busy machine.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 
 
 class Expected:

@@ -122,6 +122,32 @@ def test_what_is_generated_depends_on_the_vector(pairs, family, rule):
     assert not set(ids.flatten().tolist()) & set(eos_ids(family))
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_draft_changes_nothing(pairs, rule, monkeypatch):
+    """Each token is the likeliest of a pass over all before it, whatever was guessed."""
+    av = reference.AV(pairs["gemma3_text"][0], rule)
+    ids = torch.tensor(av.prompt_ids).repeat(6, 1)
+    for _ in range(5):
+        ids = torch.cat([ids, av.logits(ids, vectors()).argmax(-1, keepdim=True)], dim=1)
+    by_hand = ids[:, len(av.prompt_ids) :]
+    usual = av.greedy(vectors(), 5)
+    assert torch.equal(usual.ids, by_hand)
+    n_passes = 0
+
+    def wild(ids, vectors_ND, length):
+        nonlocal n_passes
+        n_passes += 1
+        guess = by_hand.clone()
+        guess[3, 1:] = 7
+        return torch.cat([ids, guess[:, ids.shape[1] - length :]], dim=1)
+
+    monkeypatch.setattr(av, "_draft", wild)
+    guessed = av.greedy(vectors(), 5)
+    assert torch.equal(guessed.ids, by_hand)
+    torch.testing.assert_close(guessed.margins, usual.margins, rtol=0, atol=1e-4)
+    assert n_passes == 4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reference_is_the_model_of_transformers(pairs, family):
     av, model = reference.AV(pairs[family][0]), load(AutoModelForCausalLM, pairs[family][0])[0]

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,12 +51,31 @@ def pair(tmp_path_factory) -> Path:
     return root / "llama"
 
 
-def in_a_process(*arguments: str) -> Run:
-    code = "from nla_lens.cli import main; main()"
+def in_a_process(*commands: Sequence[str]) -> list[Run]:
+    """What commands give in one process, one after the other."""
+    code = """
+import json, sys
+from nla_lens.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    try: main()
+    except SystemExit as ended: status = ended.code
+    for stream in (sys.stdout, sys.stderr):
+        print(f"\\0{status or 0}\\0", end="", file=stream, flush=True)
+"""
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    return Run(done.returncode, done.stdout, done.stderr)
+    out, err = (stream.split("\0") for stream in (done.stdout, done.stderr))
+    assert len(out) == len(err) == 2 * len(commands) + 1, done.stderr
+    assert out[-1] == err[-1] == "", "nothing is said on leaving"
+    return [
+        Run(int(status), *said)
+        for status, *said in zip(out[1::2], out[:-1:2], err[:-1:2], strict=True)
+    ]
 
 
 # --- explain --------------------------------------------------------------------------------------
@@ -353,10 +372,11 @@ def test_version(run) -> None:
 def test_the_command_as_it_is_installed(pair: Path) -> None:
     """Nothing but the answer on either stream, warnings of libraries included."""
     command = ("explain", "A letter.", "--nla", str(pair))
-    good = in_a_process(*command, "--max-new-tokens", "2", "--json")
+    good, bad = in_a_process(
+        [*command, "--max-new-tokens", "2", "--json"], [*command, "--positions", "99"]
+    )
     assert (good.status, good.err) == (0, "")
     assert json.loads(good.out)["shape"][0] > 2
-    bad = in_a_process(*command, "--positions", "99")
     assert (bad.status, bad.out) == (2, "")
     assert len(bad.err.splitlines()) == 1 and "position 99" in bad.err
 

@@ -1,11 +1,13 @@
 """Every notebook in tutorials/ runs from top to bottom, offline."""
 
 import os
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from packaging.requirements import Requirement
 
@@ -28,15 +30,25 @@ def can_run_here(path: Path) -> bool:
         return False
 
 
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelManager]:
+    """One kernel for all notebooks: to import torch takes longer than to run one of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("PYTHONWARNINGS", "ignore")
+        manager = KernelManager(kernel_name="python3")
+        manager.start_kernel(cwd=str(TUTORIALS))
+        yield manager
+        manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("path", [*filter(can_run_here, NOTEBOOKS)], ids=lambda path: path.stem)
-def test_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+def test_runs(path: Path, kernel: KernelManager) -> None:
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
-        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": TUTORIALS}}
-    ).execute()
-    shown = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    # Nothing that another notebook named is there any more.
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    NotebookClient(notebook, km=kernel, timeout=240).execute()
+    shown = [o for cell in notebook.cells[1:] for o in cell.get("outputs", [])]
     assert not [o for o in shown if o.output_type == "error"]
     assert len(shown) >= 3, "a tutorial shows something"
 

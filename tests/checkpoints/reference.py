@@ -1,8 +1,8 @@
 """What an AV and an AR should compute, in plain arithmetic, for tests to compare with.
 
-No generate(), no KV cache, no padding, no from_pretrained of a model and nothing of the library
-under test: weights are read from the safetensors files by name, the decoder is run as a whole
-over the whole sequence for every new token, one row where rows differ in length.
+No generate(), no padding, no from_pretrained of a model and nothing of the library under test:
+weights are read from the safetensors files by name, every token is the likeliest of a pass over the
+whole sequence before it, without a cache, and one row at a time is run where rows differ in length.
 
     av = AV(directory)                      # or AV(directory, injection="norm_matched_add")
     ids = av.greedy(vectors, 48).ids        # [n, 48]
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, DynamicCache
 
 _PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.")
 _NOT_TEXT = (
@@ -206,29 +206,58 @@ class AV:
 
         return self.model.layers[1].register_forward_hook(hook)
 
-    @torch.no_grad()
     def logits(self, ids_NT: torch.Tensor, vectors_ND: torch.Tensor | None) -> torch.Tensor:
         """Logits [n, vocab] behind whole sequences; without vectors nothing is injected."""
+        return self._pass(ids_NT, vectors_ND)[:, -1] @ self.output.T
+
+    @torch.no_grad()
+    def _pass(
+        self, ids_NT: torch.Tensor, vectors_ND: torch.Tensor | None, cache: object = None
+    ) -> torch.Tensor:
+        """What leaves the final norm, [n, T, d]; `cache` is for drafts alone."""
         embeds = self.embeds(ids_NT)
         hook = None
         if vectors_ND is not None and self.injection == "replace":
             embeds = self._replaced(embeds, vectors_ND)
         elif vectors_ND is not None:
             hook = self._add_at_block_1(vectors_ND)
-        hidden = self.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        options = {"use_cache": False} if cache is None else {"past_key_values": cache}
+        hidden = self.model(inputs_embeds=embeds, **options).last_hidden_state
         if hook is not None:
             hook.remove()
-        return hidden[:, -1] @ self.output.T
+        return hidden
 
     def greedy(self, vectors_ND: torch.Tensor, n_tokens: int) -> Greedy:
-        """The likeliest token, n_tokens times, each by a forward pass over all before it."""
-        ids = torch.tensor(self.prompt_ids).repeat(len(vectors_ND), 1)
-        margins = []
-        for _ in range(n_tokens):
-            best = self.logits(ids, vectors_ND).topk(2, dim=-1)
-            ids = torch.cat([ids, best.indices[:, :1]], dim=1)
-            margins.append(best.values[:, 0] - best.values[:, 1])
-        return Greedy(ids[:, len(self.prompt_ids) :], torch.stack(margins, dim=1))
+        """The likeliest token, n_tokens times, each by a forward pass over all before it.
+
+        One pass reads a draft as a whole. What it says behind a token holds where everything up to
+        there is what it said itself, so it is kept up to the first token that is another one, and
+        the rest is drafted again: how the draft was made (with a cache) changes how many passes it
+        takes, and nothing else.
+        """
+        prompt = torch.tensor(self.prompt_ids).repeat(len(vectors_ND), 1)
+        ids, margins = prompt, torch.empty(len(vectors_ND), 0)
+        while ids.shape[1] < prompt.shape[1] + n_tokens:
+            drafted = self._draft(ids, vectors_ND, prompt.shape[1] + n_tokens)
+            hidden = self._pass(drafted[:, :-1], vectors_ND)[:, ids.shape[1] - 1 :]
+            best = (hidden @ self.output.T).topk(2, dim=-1)
+            agrees = (best.indices[..., 0] == drafted[:, ids.shape[1] :]).all(0)
+            # The first column that is another one is right, too: all before it was.
+            n = min(int(agrees.long().cumprod(0).sum()) + 1, len(agrees))
+            ids = torch.cat([ids, best.indices[:, :n, 0]], dim=1)
+            margins = torch.cat([margins, (best.values[..., 0] - best.values[..., 1])[:, :n]], 1)
+        return Greedy(ids[:, prompt.shape[1] :], margins)
+
+    def _draft(self, ids: torch.Tensor, vectors_ND: torch.Tensor, length: int) -> torch.Tensor:
+        """`ids` [n, T], with a guess at what follows, up to T = length."""
+        cache = DynamicCache()
+        hidden = self._pass(ids, vectors_ND, cache)
+        while True:
+            ids = torch.cat([ids, (hidden[:, -1] @ self.output.T).argmax(-1, keepdim=True)], dim=1)
+            if ids.shape[1] >= length:
+                return ids
+            # The injection is in the cache.
+            hidden = self._pass(ids[:, -1:], None, cache)
 
     def eos_ids(self, directory: Path | str) -> list[int]:
         return json.loads((Path(directory) / "generation_config.json").read_text())["eos_token_id"]
