@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nla_lens.checkpoints.files import name_halves
+from nla_lens.checkpoints.names import name_halves
+from nla_lens.checkpoints.pairs import Bases
 from nla_lens.checkpoints.spec import NLASpec
-from nla_lens.checks import is_int
 from nla_lens.engines import per_half, remote_host
 from nla_lens.engines.served.server import Server
 from nla_lens.errors import NLAError
 from nla_lens.halves.explaining import Options, explain_batch
 from nla_lens.halves.loading import Request, load_halves
 from nla_lens.halves.reconstructor import Reconstructor, check_texts
+from nla_lens.halves.source import OwnSource
 from nla_lens.halves.verbalizer import Verbalizer
 from nla_lens.models.placement import Placement, torch_device, torch_dtype
-from nla_lens.progress import waiting, with_progress
+from nla_lens.progress import with_progress
 from nla_lens.results import metrics
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.explanations import Explanations
-from nla_lens.stream.extraction import Positions, Text, open_source, read_text
+from nla_lens.stream.extraction import Positions, Text
 from nla_lens.stream.vectors import VectorBatch, VectorsLike, check_vectors
 
 
@@ -46,9 +48,7 @@ class NLA:
         self.spec: NLASpec = verbalizer.spec
         self.verbalizer = verbalizer
         self.reconstructor = reconstructor
-        self._source: Any = None
-        self._remote: str | bool = False
-        self._placement = Placement()
+        self._source = OwnSource(self.spec)
 
     @classmethod
     def from_pretrained(
@@ -65,6 +65,9 @@ class NLA:
         injection: str | None = None,
         injection_scale: float | None = None,
         layer: int | None = None,
+        subfolder: str | Mapping[str, str] | None = None,
+        base: Bases = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         engine: str | Mapping[str, str] = "transformers",
         url: str | Server | None = None,
         trust_remote_code: bool = False,
@@ -73,7 +76,8 @@ class NLA:
 
         Args:
             name: An embedded pair ("tiny", "tiny-norm-matched"), a pair's stem on the hub or on
-                disk (`NAME-av`, `NAME-ar`), or a verbalizer alone.
+                disk (`NAME-av`, `NAME-ar`), a directory or repository with both halves in it, or
+                a verbalizer alone.
             av: Instead of `name`: the verbalizer, a directory or hub repository.
             ar: The reconstructor; also overrides the one `name` stands for.
             dtype: Of the weights; None is what config.json says.
@@ -85,6 +89,12 @@ class NLA:
                 release's.
             injection_scale: Overrides the sidecar's; the verbalizer was trained with that one.
             layer: K, where neither sidecar nor known release says it.
+            subfolder: A folder of what is named, or {"av": ..., "ar": ...}; a hub name may also
+                have it at its end, "owner/name/folder".
+            base: What LoRA halves go onto, instead of what their adapter_config.json names: a
+                directory or hub repository, or {"av": ..., "ar": ...}.
+            chat_template_kwargs: What the verbalizer's chat template is given beside the prompt,
+                e.g. {"enable_thinking": False}; None takes the sidecar's.
             engine: Where the halves run: "transformers", "transformer_lens", "nnsight", "ndif";
                 "vllm" and "sglang" (the verbalizer there, the rest by transformers here); or
                 {"av": ..., "ar": ..., "source": ...}, each elsewhere.
@@ -94,7 +104,7 @@ class NLA:
         Raises:
             NLAError: Not found, not an NLA, incomplete or contradictory.
         """
-        av, ar = name_halves(name, av, ar)
+        halves = name_halves(name, av, ar, subfolder=subfolder, revision=revision)
         if device is not None and device_map is not None:
             raise NLAError(
                 f"device={device!r} and device_map={device_map!r} are both given; pass one"
@@ -106,10 +116,10 @@ class NLA:
             quantization_config,
             trust_remote_code,
         )
-        wishes = (revision, injection, injection_scale, layer, engine, url)
-        nla = cls(*load_halves(Request(av, ar, placement, *wishes)))
-        nla._placement = placement
-        nla._remote = remote_host(per_half(engine)["source"])
+        request = Request(*halves, placement, revision, injection, injection_scale, layer)
+        request = replace(request, engine=engine, url=url, base=base)
+        nla = cls(*load_halves(replace(request, chat_template_kwargs=chat_template_kwargs)))
+        nla._source = OwnSource(nla.spec, placement, remote_host(per_half(engine)["source"]))
         return nla
 
     def __repr__(self) -> str:
@@ -220,32 +230,11 @@ class NLA:
         """
         wishes = Options.of(options)
         self._check_options(wishes)
-        if not is_int(generate) or generate < 0:
-            raise NLAError(f"generate={generate!r} must be the number of tokens to write, or 0")
-        place = self.spec.place
-        if place is None:
-            raise NLAError("which layer to read is not known; pass layer= to from_pretrained")
-        if model is None:
-            model = self._source_model(whole=generate > 0)
-        source = open_source(model, n_blocks=None if generate else place.n_blocks)
-        with waiting("reading the text", wishes.progress):
-            resid = read_text(source, text, place, positions=positions, generate=generate)
+        resid = self._source.read(text, positions, model, generate, wishes.progress)
         explained = self.explain(resid, **options)
         if not isinstance(explained, Explanations):
             raise NLAError(f"expected one explanation per position, found {explained!r}")
         return explained
-
-    def _source_model(self, *, whole: bool) -> Any:
-        """The source model, loaded once; blocks after K only where it must go on writing."""
-        name, place = self.spec.source_model, self.spec.place
-        if name is None:
-            raise NLAError("the checkpoint does not name its source model; pass model=")
-        if self._source is None or (whole and not self._source.is_whole):
-            n_blocks = None if whole or not place else place.n_blocks
-            self._source = open_source(
-                name, n_blocks=n_blocks, remote=self._remote, **vars(self._placement)
-            )
-        return self._source
 
     def reconstruct(self, texts: Sequence[str]) -> Tensor:
         """The vectors that texts stand for.
@@ -288,6 +277,7 @@ class NLA:
             batch.vectors_ND,
             mse_scale=self.spec.mse_scale,
             var_nrm=self.spec.var_nrm,
+            mean_D=self._need_reconstructor().mean_D,
         )
 
     def encode(self, x: VectorsLike, **options: Any) -> list[str]:

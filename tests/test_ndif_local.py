@@ -120,7 +120,7 @@ def test_explain_text_runs_the_source_there(
         (e.token_ids, e.token, e.position) for e in wanted.flat
     ]
     assert [e.cos for e in found.flat] == [e.cos for e in wanted.flat]
-    assert type(there._source).__name__ == "NDIFSource"
+    assert type(there._source.loaded).__name__ == "NDIFSource"
 
 
 def test_halves_may_run_in_different_places(pair_dirs: Callable[..., Any], nla: NLA) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from nla_lens import NLA, NLAError
 from nla_lens.checkpoints.files import open_checkpoint
-from nla_lens.engines.served.prompt_rows import PromptRows, open_rows, open_small
+from nla_lens.engines.served.prompt_rows import PromptRows, open_rows
 from nla_lens.models.weights import load_configs
 
 from .checkpoints import build_av, build_lora_av, build_source
@@ -100,26 +100,6 @@ def test_its_weights_tell_too(tmp_path: Path) -> None:
     save_file(load_file(weights) | {key: torch.ones(2, 640)}, weights)
     with pytest.raises(NLAError, match="trained embeddings"):
         rows_of(av)
-
-
-def test_of_an_adapter_on_the_hub_the_weights_are_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = build_source(tmp_path / "base", "llama")
-    made = {
-        "x/lora-av": build_lora_av(tmp_path / "lora-av", "llama", base),
-        "x/whole-av": build_av(tmp_path / "whole-av", "llama"),
-    }
-    asked: list[tuple[str, bool]] = []
-
-    def snapshot(repo: str, *, allow_patterns: list[str], **options: object) -> str:
-        asked.append((repo, "*.safetensors" in allow_patterns))
-        return str(made[repo])
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    for name, path in made.items():
-        assert open_small(name).path == path
-    assert asked == [("x/lora-av", False), ("x/lora-av", True), ("x/whole-av", False)]
 
 
 @pytest.mark.parametrize("layout", ["single", "sharded"])

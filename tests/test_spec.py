@@ -697,7 +697,7 @@ def test_the_table_of_releases() -> None:
         kitft/nla-gemma3-12b-L32 | google/gemma-3-12b-it | 32 | 3840 | replace | 80000 | 0.0302
         kitft/nla-gemma3-27b-L41 | google/gemma-3-27b-it | 41 | 5376 | replace | 60000 | 0.0579
         kitft/Llama-3.3-70B-NLA-L53|meta-llama/Llama-3.3-70B-Instruct|53|8192|replace|30|0.9169
-        syvb/nanonla-qwen3-8b-L24 | Qwen/Qwen3-8B | 24 | 4096 | norm_matched_add | None | 0.56
+        syvb/nanonla-qwen3-8b-L24 | Qwen/Qwen3-8B | 24 | 4096 | norm_matched_add | None | 0.6704
     """
     rows = [row.split("|") for row in table.splitlines() if "|" in row]
     wanted = {tuple(cell.strip() for cell in row) for row in rows}
@@ -713,7 +713,10 @@ def test_the_table_of_releases() -> None:
     assert got == wanted
     nano = next(r for r in pairs if r.stem.startswith("syvb"))
     assert (alone.layer, alone.d_model, alone.injection) == (24, 4096, "norm_matched_add")
-    assert [r for r in KNOWN_RELEASES if r.var_nrm_is_estimate] == [alone, nano]
+    assert (alone.var_nrm, nano.layer) == (0.6704, 24)
+    assert not [r for r in KNOWN_RELEASES if r.var_nrm_is_estimate]
+    reported = [r.reported_fve_nrm for r in KNOWN_RELEASES]
+    assert reported == [0.752, 0.768, 0.763, 0.80, None, None]
 
 
 @pytest.mark.parametrize(
@@ -728,7 +731,7 @@ def test_a_release_is_found_by_any_of_its_names(name: str) -> None:
 def test_every_release_is_found_on_the_hub_under_its_own_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from nla_lens.checkpoints.files import find_pair
+    from nla_lens.checkpoints.names import find_pair
 
     for release in KNOWN_RELEASES:
         assert find_pair(release.av) == (release.av, None)

@@ -1,27 +1,33 @@
-"""From a name to a checkpoint's files: embedded, a local directory, or the Hugging Face hub."""
+"""One half's files on this machine: a directory, or a folder of a Hugging Face hub repository."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from nla_lens.checkpoints.releases import TINY_DIR, find_release
+from nla_lens.checkpoints import hub
+from nla_lens.checkpoints.bases import Base, Neighbourhood, find_base
+from nla_lens.checkpoints.folders import (
+    Name,
+    Place,
+    as_path,
+    hub_folders,
+    pick_local,
+    pick_on_hub,
+)
+from nla_lens.checkpoints.hub import HubFolder
+from nla_lens.checkpoints.layout import HEAD_NAME, MODEL_CONFIG, files_below, join, parent
+from nla_lens.checkpoints.needed import TOKENIZER, TOKENIZER_FILES, WEIGHTS, files_of, matching
 from nla_lens.checkpoints.sidecar import SIDECAR_NAME, Role, Sidecar, read_sidecar
 from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError
-from nla_lens.models.lora import CONFIG_NAME
+from nla_lens.models.lora import CONFIG_NAME, named_base
 
-_EMBEDDED: Final = {
-    "tiny": (TINY_DIR / "av", TINY_DIR / "ar"),
-    "tiny-norm-matched": (TINY_DIR / "av_norm_matched", TINY_DIR / "ar"),
-}
-_SMALL_FILES: Final = ("*.json", "*.yaml", "*.jinja", "*.txt", "*.model")
-_WEIGHTS: Final = ("*.safetensors",)
-HEAD_NAME: Final = "value_head.safetensors"
+_MOST_UPWARD: Final = 2
 
 
 @dataclass(frozen=True)
@@ -32,16 +38,27 @@ class Checkpoint:
         name: What the caller called it.
         path: Its directory.
         revision: Branch, tag or commit of a hub repository, where one was asked for.
+        root: The directory of its repository: what `path` lacks may lie there.
+        base: Of an adapter: the model it goes onto, a directory or a hub repository.
+        base_said: Which file names which base, in one line.
     """
 
     name: str
     path: Path
     revision: str | None = None
+    root: Path | None = None
+    base: str | None = None
+    base_said: str = ""
 
     @cached_property
     def sidecar(self) -> Sidecar:
-        """The parsed `nla_meta.yaml`."""
-        return read_sidecar(self.path)
+        """The parsed `nla_meta.yaml`, its own or the nearest one above it."""
+        return read_sidecar(self._nearest(SIDECAR_NAME) or self.path)
+
+    @property
+    def has_sidecar(self) -> bool:
+        """Whether there is one at all."""
+        return self._nearest(SIDECAR_NAME) is not None
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -49,7 +66,7 @@ class Checkpoint:
 
         Empty for a LoRA adapter, which comes without one.
         """
-        path = self.path / "config.json"
+        path = self.path / MODEL_CONFIG
         if self.is_adapter and not path.is_file():
             return {}
         config = read_json(path)
@@ -61,13 +78,22 @@ class Checkpoint:
         """Whether this is a PEFT adapter and not a full model."""
         return (self.path / CONFIG_NAME).is_file()
 
+    @property
+    def tokenizer_path(self) -> str:
+        """Where its tokenizer is: beside it, above it in its repository, or with its base."""
+        found = self._nearest(*TOKENIZER)
+        return str(found or self.base or self.path)
+
     def check_role(self, role: Role) -> None:
         """Refuses an AR where an AV belongs, and the other way round.
 
         Raises:
-            NLAError: The sidecar, or a value head beside it, says it is the other half.
+            NLAError: Its own sidecar, or a value head beside it, says it is the other half.
         """
         found, by = self.sidecar.role, f"role in {self.sidecar.path}"
+        if self.sidecar.path.parent != self.path:
+            # One sidecar for both halves says of neither which it is.
+            found = None
         if found is None and (self.path / HEAD_NAME).is_file():
             found, by = "ar", f"it has a {HEAD_NAME}"
         if found is not None and found != role:
@@ -76,86 +102,54 @@ class Checkpoint:
                 f"{self.name} is {what[found]}, not {what[role]} ({by}); pass it as {found}="
             )
 
-
-def find_pair(name: str) -> tuple[str | Path, str | Path | None]:
-    """The AV and, where there is one, the AR that a single name stands for.
-
-    Accepts an embedded pair, the stem of a pair (`NAME-av` and `NAME-ar`, on disk or on the hub), a
-    directory with `av/` and `ar/`, or a verbalizer alone.
-    """
-    if name in _EMBEDDED:
-        return _EMBEDDED[name]
-    local = _as_path(name)
-    if os.path.isfile(local / SIDECAR_NAME):
-        return local, None
-    for av, ar in ((local / "av", local / "ar"), (Path(f"{local}-av"), Path(f"{local}-ar"))):
-        if os.path.isdir(av):
-            return av, ar if os.path.isdir(ar) else None
-    if os.path.isdir(local):
-        raise NLAError(
-            f"{local} has neither {SIDECAR_NAME} nor av/ and ar/, and there is no {local}-av: "
-            "name a verbalizer's directory, or the stem of a pair"
-        )
-    release = find_release(name)
-    if release is not None and name == release.stem:
-        return release.av, release.ar
-    if name.endswith("-av") or (release is not None and name == release.av):
-        return name, None
-    if release is not None and name == release.ar:
-        raise NLAError(f"{name} is a reconstructor (AR); name the pair, {release.stem!r}, or av=")
-    if name.count("/") != 1:
-        raise NLAError(
-            f"no checkpoint {name!r:.200}: not one of the embedded {sorted(_EMBEDDED)}, no "
-            "directory here (nor with -av), and not a hub repository (owner/name)"
-        )
-    return f"{name}-av", f"{name}-ar"
-
-
-def name_halves(
-    name: str | Path | None, av: str | Path | None, ar: str | Path | None
-) -> tuple[str | Path, str | Path | None]:
-    """The two halves a caller means.
-
-    Raises:
-        NLAError: No verbalizer is named, or two are.
-    """
-    for given in (name, av, ar):
-        if given is not None and not isinstance(given, (str, Path)):
-            raise NLAError(f"a checkpoint is a name or a directory, found {given!r:.80}")
-    if name is not None and av is not None:
-        raise NLAError(f"two verbalizers are named: {str(name)!r} and av={str(av)!r}")
-    if av is not None:
-        return av, ar
-    if name is None:
-        raise NLAError('name a pair, as in from_pretrained("tiny"), or a verbalizer with av=')
-    found_av, found_ar = find_pair(str(name))
-    return found_av, ar if ar is not None else found_ar
+    def _nearest(self, *names: str) -> Path | None:
+        """Its own directory or the nearest one above it, up to the root, with one of these."""
+        homes = [self.path]
+        while self.root is not None and homes[-1] != self.root and homes[-1].parent != homes[-1]:
+            homes.append(homes[-1].parent)
+        return next((home for home in homes if any((home / n).is_file() for n in names)), None)
 
 
 def open_checkpoint(
-    name: str | Path,
+    name: Name,
     *,
+    role: Role | None = None,
     revision: str | None = None,
     weights: bool = True,
     foreign_code: bool = False,
+    base: str | Path | None = None,
 ) -> Checkpoint:
     """Makes the files of one half available on this machine.
 
     Args:
-        name: A directory, or a hub repository `owner/name`.
+        name: A directory, or a hub repository `owner/name` or a folder of one.
+        role: Which half is meant, where the name is that of a repository with both.
         revision: Branch, tag or commit on the hub.
         weights: Download the weights, too; without them only the small files are fetched.
         foreign_code: Download Python files, too (`trust_remote_code`).
+        base: The model an adapter goes onto, instead of what adapter_config.json says.
 
     Raises:
-        NLAError: Neither a directory nor a repository that can be had.
+        NLAError: Neither a directory nor a repository that can be had; or an adapter whose base
+            is not known.
     """
-    local = _as_path(name)
+    place = name if isinstance(name, Place) else Place(as_path(name), "")
     # Not Path.is_dir, which raises on a name too long to be a file's.
-    if os.path.isdir(local):
-        return Checkpoint(str(name), local)
-    wanted = [*_SMALL_FILES, *(_WEIGHTS if weights else ()), *(("*.py",) if foreign_code else ())]
-    return Checkpoint(str(name), _download(str(name), revision, wanted), revision)
+    if os.path.isdir(place.root):
+        bare = not isinstance(name, Place)
+        opened, found = _open_local(str(name), place, role, bare=bare, given=base is not None)
+    else:
+        named = HubFolder.parse(str(name))
+        if named is None:
+            raise NLAError(
+                f"no checkpoint {str(name)!r:.200}: not a directory here, and not a hub repository "
+                "(owner/name, or owner/name/folder)"
+            )
+        patterns = (*(WEIGHTS if weights else ()), *(("*.py",) if foreign_code else ()))
+        opened, found = _open_hub(named, role, revision, patterns, given=base is not None)
+    if base is not None and opened.is_adapter:
+        return replace(opened, base=_given_base(base, weights), base_said=f"base={str(base)!r}")
+    return replace(opened, base=found.where, base_said=found.said) if found else opened
 
 
 def fetch_file(checkpoint: Checkpoint, name: str) -> Path:
@@ -167,51 +161,138 @@ def fetch_file(checkpoint: Checkpoint, name: str) -> Path:
         NLAError: The hub does not give it.
     """
     path = checkpoint.path / name
-    if path.is_file() or os.path.isdir(_as_path(checkpoint.name)):
+    if path.is_file() or os.path.isdir(as_path(checkpoint.name)):
         return path
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    named = HubFolder.parse(checkpoint.name)
+    if named is None:
+        return path
+    # The snapshot's directory is named after its commit.
+    depth = named.folder.count("/") + bool(named.folder)
+    commit = [checkpoint.path, *checkpoint.path.parents][depth].name
+    return hub.download_one(named.repo, commit, join(named.folder, name))
 
-    try:
-        # The snapshot's directory is named after its commit.
-        return Path(hf_hub_download(checkpoint.name, name, revision=checkpoint.path.name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+
+def _given_base(base: str | Path, weights: bool) -> str:
+    """A base that the caller names: a directory, a repository, or a folder of one."""
+    if os.path.isdir(as_path(base)):
+        return str(as_path(base))
+    named = HubFolder.parse(str(base))
+    if named is None:
         raise NLAError(
-            f"{name} of {checkpoint.name} cannot be fetched from the hub ({type(error).__name__}: "
-            f"{reason}); check the name, the network and, for gated models, `hf auth login`"
-        ) from error
-
-
-def _as_path(name: str | Path) -> Path:
-    # Path.expanduser raises where there is no such user; this leaves the name as it is.
-    return Path(os.path.expanduser(name))
-
-
-def _download(repo: str, revision: str | None, wanted: list[str]) -> Path:
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise NLAError(
-            f"no checkpoint {repo!r}: not a directory here, and not a hub repository (owner/name) "
-            f"or one of the embedded {sorted(_EMBEDDED)}"
+            f"base={str(base)!r:.200} is neither a directory here nor a hub repository "
+            "(owner/name, or owner/name/folder)"
         )
-    # Imported late: `import nla_lens` stays quick, and local checkpoints never need it.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    if not named.folder:
+        return named.repo
+    listing = hub.list_files(named.repo, None)
+    wanted = files_of(named.folder, listing.files, WEIGHTS if weights else ())
+    if join(named.folder, MODEL_CONFIG) not in wanted:
+        raise NLAError(f"base={str(base)!r}: {named.repo} has no model in {named.folder!r}")
+    return str(hub.download(named.repo, None, wanted) / named.folder)
 
-    try:
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=wanted,
-                # "*" matches "/", too: no checkpoints of the training, no optimizer states.
-                ignore_patterns=["*/*"],
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise NLAError(
-            f"{repo} cannot be fetched from the hub ({type(error).__name__}: {reason}); check the "
-            "name, the network and, for gated models, `hf auth login`; a verbalizer without a "
-            "reconstructor is passed as av="
-        ) from error
+
+# --- on this machine ------------------------------------------------------------------------------
+
+
+def _open_local(
+    name: str, place: Place, role: Role | None, *, bare: bool, given: bool
+) -> tuple[Checkpoint, Base | None]:
+    root, folder = place
+    path = root / folder
+    if bare and role is not None and not _is_half(path):
+        folder = pick_local(root, role) or ""
+        path = root / folder
+    elif bare:
+        path = Path(os.path.abspath(path))
+        root = _home_of(path)
+        folder = _relative(path, root)
+    opened = Checkpoint(name if not folder or bare else str(path), path, None, root)
+    named = None if given else named_base(path)
+    if named is None:
+        return opened, None
+    around = Neighbourhood(
+        str(root),
+        folder,
+        frozenset()
+        if os.path.isabs(named) and os.path.isdir(named)
+        else frozenset(files_below(root)),
+        disk=root,
+        source_model=lambda: opened.sidecar.source_model,
+    )
+    base = find_base(named, around)
+    return opened, replace(base, where=str(root / base.where)) if base.is_inside else base
+
+
+def _is_half(path: Path) -> bool:
+    return any((path / name).is_file() for name in (MODEL_CONFIG, CONFIG_NAME))
+
+
+def _relative(path: Path, root: Path) -> str:
+    """A folder's path in its repository, "" for the repository itself."""
+    relative = path.relative_to(root).as_posix()
+    return "" if relative == "." else relative
+
+
+def _home_of(path: Path) -> Path:
+    """The directory with the sidecar of a half named by itself: its own, or one a little above."""
+    around = (path, *list(path.parents)[:_MOST_UPWARD]) if _is_half(path) else ()
+    return next((home for home in around if (home / SIDECAR_NAME).is_file()), path)
+
+
+# --- on the hub -----------------------------------------------------------------------------------
+
+
+def _open_hub(
+    named: HubFolder,
+    role: Role | None,
+    revision: str | None,
+    patterns: tuple[str, ...],
+    *,
+    given: bool,
+) -> tuple[Checkpoint, Base | None]:
+    repo, folder = named.repo, named.folder
+    listing = hub.list_files(repo, revision)
+    files = listing.files
+    if not hub.inside(files, folder):
+        there = sorted({parent(f) for f in files} - {""})
+        raise NLAError(f"{repo} has no folder {folder!r}; it has {there[:20]}")
+    is_half = any(join(folder, n) in files for n in (MODEL_CONFIG, CONFIG_NAME))
+    if role is not None and not folder and not is_half:
+        folder = pick_on_hub(repo, revision, role, *hub_folders(repo, revision)) or ""
+    wanted = files_of(folder, files, patterns)
+    home = hub.nearest(files, folder, SIDECAR_NAME)
+    if home is not None:
+        wanted.add(join(home, SIDECAR_NAME))
+    tokenizer = hub.nearest(files, folder, *TOKENIZER)
+    if tokenizer not in (None, folder):
+        wanted |= matching(tokenizer, files, TOKENIZER_FILES)
+    root = hub.download(repo, revision, wanted)
+    opened = Checkpoint(join(repo, folder), root / folder, revision, root)
+    _fetch_mean(opened, root, repo, revision, files)
+    found = None if given else named_base(opened.path)
+    if found is None:
+        return opened, None
+    around = Neighbourhood(
+        repo, folder, files, repo=repo, source_model=lambda: opened.sidecar.source_model
+    )
+    base = find_base(found, around)
+    if not base.is_inside:
+        return opened, base
+    inside = files_of(base.where, files, patterns)
+    # Once more what is there already: the snapshot must be the one of the adapter.
+    root = hub.download(repo, revision, wanted | inside)
+    opened = replace(opened, path=root / folder, root=root)
+    return opened, replace(base, where=str(root / base.where))
+
+
+def _fetch_mean(
+    opened: Checkpoint, root: Path, repo: str, revision: str | None, files: frozenset[str]
+) -> None:
+    """Fetches the mean that a sidecar names, which lies beside it."""
+    home = opened.sidecar.path.parent if opened.has_sidecar else None
+    mean = opened.sidecar.centre_mean if home else None
+    if home is None or mean is None:
+        return
+    beside = join(_relative(home, root), mean)
+    if beside in files:
+        hub.download(repo, revision, [beside])

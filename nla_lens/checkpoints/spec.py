@@ -10,15 +10,21 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nla_lens.checkpoints.files import Checkpoint, name_halves, open_checkpoint
+from nla_lens.checkpoints.centre import mean_file
+from nla_lens.checkpoints.files import Checkpoint, open_checkpoint
+from nla_lens.checkpoints.names import name_halves
+from nla_lens.checkpoints.pairs import Bases, open_halves
 from nla_lens.checkpoints.releases import RULES, TINY_DIR, TINY_SOURCE_NAME, KnownRelease, Rule
-from nla_lens.checkpoints.sidecar import SCALES, Sidecar
+from nla_lens.checkpoints.section import SCALES
+from nla_lens.checkpoints.sidecar import Sidecar
 from nla_lens.checkpoints.statements import Sources, compare, find_known
 from nla_lens.checks import is_number
 from nla_lens.errors import NLAError, NLAWarning
+from nla_lens.models.tokens import check_template_options
 from nla_lens.stream.hook_point import ResidPost
 
 DEFAULT_MIN_POSITION = 10
@@ -46,6 +52,13 @@ class NLASpec:
         critic_suffix_ids: Last ids of every tokenized reconstructor prompt.
         av_template: The verbalizer's user turn, with `{injection_char}`.
         ar_template: The reconstructor's prompt, with `{explanation}`.
+        var_nrm_definition: Which variance `var_nrm` is: a key of `VAR_NRM_DEFINITIONS`.
+        chat_template_kwargs: What the verbalizer's chat template is given beside the messages.
+        centre_mean: File of the mean of the vectors: it is subtracted before injection, added to
+            what is reconstructed, and both sides are compared without it.
+        ar_blocks: Blocks of a reconstructor that is not cut after block K; None where it is.
+        av_base: Of a LoRA verbalizer: the model it goes onto.
+        ar_base: Of a LoRA reconstructor: the model it goes onto.
         origins: Where each value came from: `sidecar`, `config`, `known release`, `caller`,
             `default`.
     """
@@ -65,6 +78,12 @@ class NLASpec:
     critic_suffix_ids: tuple[int, ...] | None
     av_template: str
     ar_template: str | None
+    var_nrm_definition: str = "around_mean"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    centre_mean: str | None = None
+    ar_blocks: int | None = None
+    av_base: str | None = field(default=None, compare=False)
+    ar_base: str | None = field(default=None, compare=False)
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -100,8 +119,9 @@ def build_spec(
     injection: str | None = None,
     injection_scale: float | None = None,
     layer: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> NLASpec:
-    """Merges what is known of a pair; the last three are the caller's own word.
+    """Merges what is known of a pair; the last four are the caller's own word.
 
     Raises:
         NLAError: Something needed is missing, or two sources contradict each other; names both.
@@ -143,10 +163,27 @@ def build_spec(
         ("sidecar", side.var_nrm),
         sources.known("var_nrm"),
     )
+    settle(
+        "var_nrm_definition",
+        ("sidecar", ar_side.var_nrm_definition if ar_side else None),
+        ("sidecar", side.var_nrm_definition),
+        ("default", "around_mean"),
+    )
     if release and release.var_nrm_is_estimate and origins.get("var_nrm") == "known release":
         origins["var_nrm"] = "known release (an estimate)"
     settle("min_position", ("sidecar", side.min_position), ("default", DEFAULT_MIN_POSITION))
     _settle_tokens(side, ar_side, settle)
+    given = check_template_options(chat_template_kwargs, "chat_template_kwargs=")
+    settle(
+        "chat_template_kwargs",
+        ("caller", given if chat_template_kwargs is not None else None),
+        ("sidecar", side.chat_template_kwargs or None),
+        ("default", {}),
+    )
+    settle("centre_mean", ("sidecar", mean_file(av, ar)))
+    settle("ar_blocks", ("sidecar", sources.ar_blocks()))
+    settle("av_base", (av.base_said, av.base))
+    settle("ar_base", (ar.base_said if ar else "", ar.base if ar else None))
     if release is not None:
         compare(values, origins, release, side)
     return NLASpec(**values, origins=origins)
@@ -161,19 +198,30 @@ def read_spec(
     injection: str | None = None,
     injection_scale: float | None = None,
     layer: int | None = None,
+    subfolder: str | Mapping[str, str] | None = None,
+    base: Bases = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> NLASpec:
     """What a checkpoint says of itself, without its weights.
 
     Raises:
         NLAError: Not an NLA, incomplete or contradictory, as far as the small files tell.
     """
-    found_av, found_ar = name_halves(name, av, ar)
+    names = name_halves(name, av, ar, subfolder=subfolder, revision=revision)
+    opened_av, opened_ar = open_halves(
+        *names,
+        bases=base,
+        opening=dict.fromkeys(
+            ("av", "ar"), partial(open_checkpoint, revision=revision, weights=False)
+        ),
+    )
     return build_spec(
-        open_checkpoint(found_av, revision=revision, weights=False),
-        None if found_ar is None else open_checkpoint(found_ar, revision=revision, weights=False),
+        opened_av,
+        opened_ar,
         injection=injection,
         injection_scale=injection_scale,
         layer=layer,
+        chat_template_kwargs=chat_template_kwargs,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.releases import KnownRelease, find_release
@@ -80,17 +80,45 @@ class Sources:
         if self.ar is not None:
             said[str(self.ar.sidecar.path)] = self.ar.sidecar.layer
             blocks = self.ar.config.get("num_hidden_layers")
-            if isinstance(blocks, int):
+            if isinstance(blocks, int) and self.ar_blocks() is None:
                 said[f"{self.ar.path / 'config.json'} (num_hidden_layers - 1)"] = blocks - 1
-        return _agreed("layer", said)
+        layer = _agreed("layer", said, _CUT_ELSEWHERE if self.ar is not None else "")
+        for half in filter(None, (self.av, self.ar)):
+            trained_on = half.sidecar.layers
+            if trained_on and layer not in trained_on:
+                raise NLAError(
+                    f"{half.sidecar.path}: it was trained on layers {list(trained_on)} "
+                    f"(extraction.layers), and layer is {layer}; pass layer= with one of them"
+                )
+        return layer
+
+    def ar_blocks(self) -> int | None:
+        """Blocks of a reconstructor that is not cut after block K; None where it is.
+
+        Raises:
+            NLAError: Its sidecar says another number than its config.json.
+        """
+        if self.ar is None or self.ar.sidecar.ar_blocks is None:
+            return None
+        said: dict[str, Any] = {f"{self.ar.sidecar.path} (ar.n_blocks)": self.ar.sidecar.ar_blocks}
+        if not self.ar.is_adapter:
+            where = f"{self.ar.path / 'config.json'} (num_hidden_layers)"
+            said[where] = self.ar.config.get("num_hidden_layers")
+        return _agreed("number of the reconstructor's blocks", said)
 
 
-def _agreed(name: str, said: Mapping[str, Any]) -> Any:
+_CUT_ELSEWHERE: Final = (
+    " (a reconstructor that is cut after another block than K says so in its sidecar: "
+    "ar: {n_blocks: N})"
+)
+
+
+def _agreed(name: str, said: Mapping[str, Any], remedy: str = "") -> Any:
     known = {where: value for where, value in said.items() if value is not None}
     values = list(known.values())
     if any(value != values[0] for value in values):
         listed = "; ".join(f"{where} says {value!r}" for where, value in known.items())
-        raise NLAError(f"contradictory {name}: {listed}; the two do not belong together")
+        raise NLAError(f"contradictory {name}: {listed}; the two do not belong together{remedy}")
     return values[0] if values else None
 
 

@@ -126,10 +126,10 @@ def _wanted(
     checkpoint: str, ar: str | None, revision: str | None, injection: str | None
 ) -> dict[str, _Model | None]:
     """What the server must have, by what it is for."""
-    from nla_lens.checkpoints.files import name_halves
+    from nla_lens.checkpoints.names import name_halves
     from nla_lens.checkpoints.spec import read_spec
 
-    halves = name_halves(checkpoint, None, ar)
+    halves = [half and str(half) for half in name_halves(checkpoint, None, ar, revision=revision)]
     spec = read_spec(checkpoint, ar=ar, revision=revision, injection=injection)
     wanted = zip(("verbalizer", "reconstructor"), halves, strict=True)
     found = {role: _as_server(name, revision) for role, name in wanted if name}

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from nla_lens.checkpoints.chat import Prompt, canonical_prompt
-from nla_lens.checkpoints.files import name_halves
+from nla_lens.checkpoints.names import name_halves
 from nla_lens.checkpoints.spec import NLASpec, read_spec
 from nla_lens.cli.output import Finding
 from nla_lens.engines import Job
@@ -59,8 +59,8 @@ def _examine(
 ) -> Iterator[Finding]:
     from nla_lens.engines import load_verbalizer_engine
 
-    av = open_small(name_halves(name, None, None)[0], revision=revision)
-    tokenizer = load_tokenizer(av.path)
+    av = open_small(name_halves(name, None, None)[0], role="av", revision=revision)
+    tokenizer = load_tokenizer(av.tokenizer_path)
     prompt = canonical_prompt(spec, tokenizer)
     try:
         loaded: Any = load_verbalizer_engine(engine, av, spec, Placement(), server)

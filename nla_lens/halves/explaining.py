@@ -242,6 +242,7 @@ class _Finisher:
             self._batch.vectors_ND[torch.tensor(rows)],
             mse_scale=self._spec.mse_scale,
             var_nrm=self._spec.var_nrm,
+            mean_D=self._reconstructor.mean_D,
         )
         return [
             replace(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+from nla_lens.checkpoints.centre import load_mean
 from nla_lens.checkpoints.chat import canonical_prompt
-from nla_lens.checkpoints.files import HEAD_NAME, Checkpoint, fetch_file, open_checkpoint
+from nla_lens.checkpoints.files import Checkpoint, fetch_file, open_checkpoint
+from nla_lens.checkpoints.folders import Name
+from nla_lens.checkpoints.layout import HEAD_NAME
+from nla_lens.checkpoints.pairs import Bases, open_halves
 from nla_lens.checkpoints.spec import build_spec
 from nla_lens.checks import naming
 from nla_lens.engines import (
@@ -31,8 +35,8 @@ from nla_lens.models.weights import load_tokenizer
 class Request:
     """What a caller of `from_pretrained` asked for; see there."""
 
-    av: str | Path
-    ar: str | Path | None
+    av: Name
+    ar: Name | None
     placement: Placement
     revision: str | None = None
     injection: str | None = None
@@ -40,6 +44,8 @@ class Request:
     layer: int | None = None
     engine: str | Mapping[str, str] = "transformers"
     url: Any = None
+    base: Bases = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 @undisturbed()
@@ -53,17 +59,23 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
     served = is_served(engines["av"])
     if request.url is not None and not served:
         raise NLAError(f"url= has no meaning with engine={request.engine!r}, only with a server's")
-    av = _open(request.av, request, engines["av"])
-    ar = None if request.ar is None else _open(request.ar, request, engines["ar"])
+    av, ar = open_halves(
+        request.av,
+        request.ar,
+        bases=request.base,
+        opening={half: _opening(request, engines[half]) for half in ("av", "ar")},
+    )
     spec = build_spec(
         av,
         ar,
         injection=request.injection,
         injection_scale=request.injection_scale,
         layer=request.layer,
+        chat_template_kwargs=request.chat_template_kwargs,
     )
+    mean_D = load_mean(av, ar, spec.d_model)
     foreign_code = request.placement.trust_remote_code
-    tokenizer = load_tokenizer(av.path, trust_remote_code=foreign_code)
+    tokenizer = load_tokenizer(av.tokenizer_path, trust_remote_code=foreign_code)
     with naming(av.sidecar.path):
         prompt = canonical_prompt(spec, tokenizer)
     verbalizing = (engines["av"], av, spec, request.placement, request.url)
@@ -71,7 +83,7 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
     engine = load_verbalizer_engine(*verbalizing) if served else None
     reconstructor = None
     if ar is not None:
-        ar_tokenizer = load_tokenizer(ar.path, trust_remote_code=foreign_code)
+        ar_tokenizer = load_tokenizer(ar.tokenizer_path, trust_remote_code=foreign_code)
         with naming(ar.sidecar.path):
             check_prompt(spec, ar_tokenizer)
         if is_remote(engines["ar"]):
@@ -79,15 +91,15 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
             fetch_file(ar, HEAD_NAME)
         head = load_head(ar, spec.d_model)
         backbone = load_reconstructor_engine(engines["ar"], ar, spec, request.placement)
-        reconstructor = Reconstructor(spec, ar_tokenizer, backbone, head)
+        reconstructor = Reconstructor(spec, ar_tokenizer, backbone, head, mean_D)
     engine = engine or load_verbalizer_engine(*verbalizing)
-    return Verbalizer(spec, tokenizer, engine, prompt), reconstructor
+    return Verbalizer(spec, tokenizer, engine, prompt, mean_D), reconstructor
 
 
-def _open(name: str | Path, request: Request, engine: str) -> Checkpoint:
-    """A half's files; its weights only where it runs here."""
+def _opening(request: Request, engine: str) -> Callable[..., Checkpoint]:
+    """What opens a half's files; its weights only where it runs here."""
     revision, foreign_code = request.revision, request.placement.trust_remote_code
     if is_remote(engine):
-        return open_checkpoint(name, revision=revision, weights=False)
+        return partial(open_checkpoint, revision=revision, weights=False)
     opened = open_small if is_served(engine) else open_checkpoint
-    return opened(name, revision=revision, foreign_code=foreign_code)
+    return partial(opened, revision=revision, foreign_code=foreign_code)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nla_lens.checkpoints.files import HEAD_NAME, Checkpoint
+from nla_lens.checkpoints.files import Checkpoint
+from nla_lens.checkpoints.layout import HEAD_NAME
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checks import is_unicode, naming
 from nla_lens.engines import ReconstructorEngine
@@ -30,6 +31,7 @@ class Reconstructor:
         engine: Where the backbone runs.
         weight_DD: W, `[d, d]` float32.
         bias_D: Bias of the head, where it has one.
+        mean_D: `[d]` float32, added to what is reconstructed; None adds nothing.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class Reconstructor:
         tokenizer: PreTrainedTokenizerBase,
         engine: ReconstructorEngine,
         head: dict[str, Tensor],
+        mean_D: Tensor | None = None,
     ) -> None:
         """Joins what was loaded; `check_prompt(spec, tokenizer)` comes first."""
+        self.mean_D = mean_D
         self.spec, self.tokenizer, self.engine = spec, tokenizer, engine
         self.weight_DD, self.bias_D = head["weight"], head.get("bias")
 
@@ -64,7 +68,8 @@ class Reconstructor:
             NLAError: Not a sequence of strings.
         """
         resid_ND = self.engine.last_resid([self.prompt_ids(text) for text in check_texts(texts)])
-        return torch.nn.functional.linear(resid_ND, self.weight_DD, self.bias_D)
+        vec_ND = torch.nn.functional.linear(resid_ND, self.weight_DD, self.bias_D)
+        return vec_ND if self.mean_D is None else vec_ND + self.mean_D
 
     @undisturbed()
     def difference(self, text: str, edited: str) -> Tensor:

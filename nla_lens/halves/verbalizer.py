@@ -52,6 +52,7 @@ class Verbalizer:
         spec: What was loaded.
         tokenizer: The checkpoint's tokenizer.
         engine: Where the model runs.
+        mean_D: `[d]` float32, subtracted from vectors first; None takes them as they are.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Verbalizer:
         tokenizer: PreTrainedTokenizerBase,
         engine: VerbalizerEngine,
         prompt: Prompt,
+        mean_D: Tensor | None = None,
     ) -> None:
         """Joins what was loaded; `prompt` is `canonical_prompt(spec, tokenizer)`."""
+        self.mean_D = mean_D
         self.spec, self.tokenizer, self.engine = spec, tokenizer, engine
         self._prompt = prompt
 
@@ -105,7 +108,18 @@ class Verbalizer:
         return replace(embed_NTD, self._to_inject(vec_ND), self._prompt.marker)
 
     def _to_inject(self, vectors_ND: Tensor) -> Tensor:
-        """Vectors at the norm the model learned to read; the add rule takes them as they are."""
+        """Vectors at the norm the model learned to read; the add rule takes them as they are.
+
+        Raises:
+            NLAError: A vector that is the mean has no direction left.
+        """
+        if self.mean_D is not None:
+            vectors_ND = vectors_ND - self.mean_D
+            if not vectors_ND.any(-1).all():
+                raise NLAError(
+                    "a vector is the mean that this NLA subtracts (extraction.centre_mean): "
+                    "nothing is left of it to explain; drop it"
+                )
         if self.spec.injection_scale is None:
             return vectors_ND
         return rescale(vectors_ND, self.spec.injection_scale)
@@ -174,7 +188,11 @@ class Verbalizer:
                 f"prompt= holds the injection character {self.spec.injection_char!r} itself, which "
                 f"stands for the vector; say only {INJECT}"
             )
-        ids = render_chat(self.tokenizer, prompt.replace(INJECT, self.spec.injection_char))
+        ids = render_chat(
+            self.tokenizer,
+            prompt.replace(INJECT, self.spec.injection_char),
+            options=self.spec.chat_template_kwargs,
+        )
         return Prompt(tuple(ids), find_marker(ids, self.spec.injection_token_id))
 
     def is_closed(self, ids: Sequence[int]) -> bool:

@@ -19,11 +19,11 @@ CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 
 
-def adapter_base(path: str | Path) -> str | None:
+def named_base(path: str | Path) -> str | None:
     """The base model an adapter directory names; None where `path` is not such a directory.
 
     Raises:
-        NLAError: The adapter's config is damaged, or its weights are not safetensors.
+        NLAError: The adapter's config is damaged.
     """
     config_path = Path(path) / CONFIG_NAME
     if not config_path.is_file():
@@ -33,19 +33,38 @@ def adapter_base(path: str | Path) -> str | None:
     except (NLAError, KeyError) as error:
         raise NLAError(f"{config_path} does not name a base model: {error}") from error
     if not isinstance(base, str) or not base:
-        raise NLAError(f"{config_path}: base_model_name_or_path is {base!r}; expected a name")
-    if not (Path(path) / WEIGHTS_NAME).is_file():
-        # PEFT would fall back to a pickle.
-        raise NLAError(f"no {WEIGHTS_NAME} in {path}: only safetensors adapters are loaded")
+        raise NLAError(
+            f"{config_path}: base_model_name_or_path is {base!r}; expected a name, or pass base="
+        )
     return base
 
 
-def merge_adapter(model: Any, path: str | Path) -> Any:
+def adapter_base(path: str | Path, base: str | None = None) -> str | None:
+    """The base model of an adapter directory; None where `path` is not such a directory.
+
+    Args:
+        path: The directory.
+        base: What is known of the base already; None reads adapter_config.json.
+
+    Raises:
+        NLAError: The adapter's config is damaged, or its weights are not safetensors.
+    """
+    if not (Path(path) / CONFIG_NAME).is_file():
+        return None
+    found = base or named_base(path)
+    if not (Path(path) / WEIGHTS_NAME).is_file():
+        # PEFT would fall back to a pickle.
+        raise NLAError(f"no {WEIGHTS_NAME} in {path}: only safetensors adapters are loaded")
+    return found
+
+
+def merge_adapter(model: Any, path: str | Path, base: str | None = None) -> Any:
     """Applies the adapter in `path` to its freshly loaded base.
 
     Args:
         model: The base as the adapter was trained on it (a causal LM, or cut after block K).
         path: The adapter's directory.
+        base: Where the base was found, if not where adapter_config.json says.
 
     Raises:
         NLAError: peft is not installed, or the adapter does not fit the base.
@@ -63,6 +82,10 @@ def merge_adapter(model: Any, path: str | Path) -> Any:
             given = _keys(path)
             part = _trained_on(model, given)
             adapted = PeftModel.from_pretrained(part, str(path))
+            if base is not None:
+                # PEFT looks there for the size of the base's vocabulary, on the hub if need be.
+                for config in adapted.peft_config.values():
+                    config.base_model_name_or_path = base
             _check_fit(adapted, given, path)
             quantized = getattr(model, "is_quantized", False)
             merged = adapted if quantized else adapted.merge_and_unload()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from nla_lens.checks import is_int
 from nla_lens.errors import NLAError, told
@@ -12,15 +12,59 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Arguments of apply_chat_template that are not the template's.
+_RESERVED: Final = frozenset(
+    {
+        "add_generation_prompt", "chat_template", "continue_final_message", "conversation",
+        "documents", "max_length", "messages", "padding", "processor_kwargs",
+        "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
+        "tokenizer_kwargs", "tools", "truncation",
+    }
+)  # fmt: skip
+
+
+def check_template_options(options: Any, where: str) -> dict[str, Any]:
+    """What a chat template is given beside the messages, as `enable_thinking`.
+
+    Args:
+        options: Names and plain values; None is nothing.
+        where: The argument or key, for messages.
+
+    Raises:
+        NLAError: Not such a mapping, or the name of something else.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(k, str) for k in options):
+        raise NLAError(
+            f'{where} is {options!r:.80}; expected a mapping as in {{"enable_thinking": False}}'
+        )
+    for name, value in options.items():
+        if name in _RESERVED or not name.isidentifier():
+            raise NLAError(f"{where} has {name!r:.80}, which is not the template's to be given")
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            raise NLAError(
+                f"{where}: {name} is {value!r:.80}; expected a truth value, number or text"
+            )
+    return dict(options)
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     content: str | Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of one user turn, or of a list of messages, in the model's chat format.
 
     Tokenized in one step: rendering to text first and tokenizing that again doubles the BOS.
+
+    Args:
+        tokenizer: The model's, with a chat template.
+        content: The user's turn, or messages.
+        add_generation_prompt: Open the assistant's turn.
+        options: What the template is given besides; see `check_template_options`.
 
     Raises:
         NLAError: The tokenizer has no chat template, or the template refuses the messages.
@@ -30,7 +74,10 @@ def render_chat(
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
     try:
         ids: Any = tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=add_generation_prompt
+            messages,
+            tokenize=True,
+            add_generation_prompt=add_generation_prompt,
+            **(options or {}),
         )
     # The template is a program that came with the checkpoint: it may raise anything.
     except Exception as error:

@@ -43,6 +43,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 def load_causal_lm(
     path: str | Path,
     *,
+    base: str | None = None,
     dtype: Any = None,
     device: Any = None,
     device_map: Any = None,
@@ -51,6 +52,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """A causal LM in eval mode; `dtype` None is what config.json says.
 
+    `base` is what an adapter goes onto; None is what its adapter_config.json says.
     `quantization_config` is transformers' own (a `BitsAndBytesConfig`, say); None is config.json's.
 
     Raises:
@@ -59,18 +61,19 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     placing = (dtype, device, device_map, quantization_config, trust_remote_code)
-    base = adapter_base(path)
+    base = adapter_base(path, base)
     with _clear_errors(base or path, "generation_config.json"):
         check_generation_config(base or path)
     options = {"config": _load_config(base or path, trust_remote_code)}
     model = _load(AutoModelForCausalLM, base or path, options, *placing)
-    return model if base is None else _frozen(merge_adapter(model, path))
+    return model if base is None else _frozen(merge_adapter(model, path, base))
 
 
 def load_backbone(
     path: str | Path,
     *,
     n_blocks: int | None = None,
+    base: str | None = None,
     dtype: Any = None,
     device: Any = None,
     device_map: Any = None,
@@ -82,6 +85,7 @@ def load_backbone(
     Args:
         path: Checkpoint directory or hub repository.
         n_blocks: Load only the first blocks; None is all that config.json names.
+        base: As in `load_causal_lm`.
         dtype: As in `load_causal_lm`.
         device: As in `load_causal_lm`.
         device_map: As in `load_causal_lm`.
@@ -93,7 +97,7 @@ def load_backbone(
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
-    base = adapter_base(path)
+    base = adapter_base(path, base)
     config = _load_config(base or path, trust_remote_code)
     if n_blocks is not None:
         with _clear_errors(base or path, "config.json"):
@@ -108,7 +112,7 @@ def load_backbone(
     if n_blocks is not None:
         cutting.finish(model, n_blocks)
     if base is not None:
-        model = text_model(_frozen(merge_adapter(model, path)))
+        model = text_model(_frozen(merge_adapter(model, path, base)))
     remove_final_norm(model)
     return model
 

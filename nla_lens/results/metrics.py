@@ -56,11 +56,26 @@ def var_nrm(vec_ND: Tensor, mse_scale: float | None) -> float:
 
 @undisturbed()
 def score(
-    pred_ND: Tensor, gold_ND: Tensor, *, mse_scale: float | None, var_nrm: float | None
+    pred_ND: Tensor,
+    gold_ND: Tensor,
+    *,
+    mse_scale: float | None,
+    var_nrm: float | None,
+    mean_D: Tensor | None = None,
 ) -> Scores:
-    """All three scores of reconstructions `[n, d]` against vectors `[n, d]`."""
+    """All three scores of reconstructions `[n, d]` against vectors `[n, d]`.
+
+    Args:
+        pred_ND: The reconstructions.
+        gold_ND: The vectors.
+        mse_scale: Norm both sides are given; None compares them raw.
+        var_nrm: Baseline of fve_nrm.
+        mean_D: Taken from both sides first, where an NLA was trained on centred vectors.
+    """
     gold_ND = gold_ND.to("cpu", torch.float32)
     pred_ND = pred_ND.to("cpu", torch.float32)
+    if mean_D is not None:
+        gold_ND, pred_ND = gold_ND - mean_D, pred_ND - mean_D
     mse = mse_nrm(pred_ND, gold_ND, mse_scale)
     return Scores(
         cos=cosine(pred_ND, gold_ND),

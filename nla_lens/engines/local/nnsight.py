@@ -37,11 +37,13 @@ def load_verbalizer(
     """The AV of a checkpoint directory."""
     from transformers import GenerationConfig
 
-    model = load_causal_lm(checkpoint.path, **vars(placement))
+    model = load_causal_lm(checkpoint.path, base=checkpoint.base, **vars(placement))
     eos_ids = find_eos_ids(model)
     # Of the checkpoint's own generation_config only the end-of-sequence ids may count.
     model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids) or None)
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=placement.trust_remote_code)
+    tokenizer = load_tokenizer(
+        checkpoint.tokenizer_path, trust_remote_code=placement.trust_remote_code
+    )
     wrapped = import_nnsight().TransformersModel(model, task="text-generation", tokenizer=tokenizer)
     engine = NNsightVerbalizer(wrapped, spec, eos_ids)
     check_decoding(model, Script.of(model, engine, spec), engine.rehearse, "nnsight", "nnsight")
@@ -53,7 +55,9 @@ def load_reconstructor(
 ) -> NNsightReconstructor:
     """The truncated backbone of an AR directory."""
     n_blocks = adapter_blocks(checkpoint, spec)
-    model = load_backbone(checkpoint.path, n_blocks=n_blocks, **vars(placement))
+    model = load_backbone(
+        checkpoint.path, n_blocks=n_blocks, base=checkpoint.base, **vars(placement)
+    )
     return NNsightReconstructor(import_nnsight().NNsight(model))
 
 

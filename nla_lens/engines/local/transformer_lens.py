@@ -39,7 +39,7 @@ def load_verbalizer(
     checkpoint: Checkpoint, spec: NLASpec, placement: Placement
 ) -> TransformerLensVerbalizer:
     """The AV of a checkpoint directory as a bridge."""
-    model = load_causal_lm(checkpoint.path, **vars(placement))
+    model = load_causal_lm(checkpoint.path, base=checkpoint.base, **vars(placement))
     eos_ids = find_eos_ids(model)
     text_lm = as_text_lm(text_model(model), model.get_output_embeddings())
     engine = TransformerLensVerbalizer(to_bridge(text_lm, checkpoint), spec, eos_ids)
@@ -52,7 +52,9 @@ def load_reconstructor(
 ) -> TransformerLensReconstructor:
     """The truncated backbone of an AR directory as a bridge."""
     n_blocks = adapter_blocks(checkpoint, spec)
-    stack = text_model(load_backbone(checkpoint.path, n_blocks=n_blocks, **vars(placement)))
+    stack = text_model(
+        load_backbone(checkpoint.path, n_blocks=n_blocks, base=checkpoint.base, **vars(placement))
+    )
     return TransformerLensReconstructor(to_bridge(as_text_lm(stack), checkpoint))
 
 
@@ -191,7 +193,7 @@ def to_bridge(text_lm: Any, checkpoint: Checkpoint) -> Any:
     bridge = TransformerBridge.boot_transformers(
         str(checkpoint.path),
         hf_model=text_lm,
-        tokenizer=load_tokenizer(checkpoint.path),
+        tokenizer=load_tokenizer(checkpoint.tokenizer_path),
         dtype=text_lm.dtype,
         device=text_lm.device,
     )

@@ -30,7 +30,9 @@ def load_verbalizer(
     checkpoint: Checkpoint, spec: NLASpec, placement: Placement
 ) -> TransformersVerbalizer:
     """The AV of a checkpoint directory."""
-    engine = TransformersVerbalizer(load_causal_lm(checkpoint.path, **vars(placement)), spec)
+    engine = TransformersVerbalizer(
+        load_causal_lm(checkpoint.path, base=checkpoint.base, **vars(placement)), spec
+    )
     check_verbalizer(engine, engine.model, spec, "transformers")
     return engine
 
@@ -40,7 +42,9 @@ def load_reconstructor(
 ) -> TransformersReconstructor:
     """The truncated backbone of an AR directory; an adapter's base is cut after block K."""
     n_blocks = adapter_blocks(checkpoint, spec)
-    model = load_backbone(checkpoint.path, n_blocks=n_blocks, **vars(placement))
+    model = load_backbone(
+        checkpoint.path, n_blocks=n_blocks, base=checkpoint.base, **vars(placement)
+    )
     engine = TransformersReconstructor(model)
     check_reader(model, engine.reader, "transformers")
     return engine
@@ -54,6 +58,8 @@ def adapter_blocks(checkpoint: Checkpoint, spec: NLASpec) -> int | None:
     """
     if not checkpoint.is_adapter:
         return None
+    if spec.ar_blocks is not None:
+        return spec.ar_blocks
     if spec.place is None:
         raise NLAError(
             f"{checkpoint.name} is an adapter over a whole model, and nothing says which layer to "

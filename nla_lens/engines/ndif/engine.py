@@ -272,7 +272,14 @@ def _open_half(checkpoint: Checkpoint, placement: Placement, engine: str) -> Rem
             f"{checkpoint.name} is a LoRA adapter, which engine={engine!r} cannot run: merge it "
             "into its base model and have that deployed, or use another engine"
         )
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=placement.trust_remote_code)
+    if checkpoint.name.count("/") > 1 and not Path(checkpoint.name).expanduser().is_dir():
+        raise NLAError(
+            f"{checkpoint.name} is a folder of a hub repository, and NDIF deploys whole "
+            f"repositories: put the half into one of its own, or use another engine"
+        )
+    tokenizer = load_tokenizer(
+        checkpoint.tokenizer_path, trust_remote_code=placement.trust_remote_code
+    )
     is_local = Path(checkpoint.name).expanduser().is_dir()
     path = checkpoint.path if is_local else None
     server = Server.named(engine)

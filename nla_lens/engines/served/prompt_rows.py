@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from nla_lens.checkpoints.files import Checkpoint, fetch_file, open_checkpoint
+from nla_lens.checkpoints.folders import Name
+from nla_lens.checkpoints.sidecar import Role
 from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError
 from nla_lens.models.lora import CONFIG_NAME, WEIGHTS_NAME, adapter_base
@@ -133,17 +135,27 @@ def open_rows(checkpoint: Checkpoint, config: Any, dtype: Any) -> PromptRows:
 
 
 def open_small(
-    name: str | Path, *, revision: str | None = None, foreign_code: bool = False
+    name: Name,
+    *,
+    role: Role | None = None,
+    revision: str | None = None,
+    foreign_code: bool = False,
+    base: str | Path | None = None,
 ) -> Checkpoint:
     """A checkpoint without weights; of an adapter with them: they are small, and say what it is."""
-    options: dict[str, Any] = {"revision": revision, "foreign_code": foreign_code}
+    options: dict[str, Any] = {
+        "role": role,
+        "revision": revision,
+        "foreign_code": foreign_code,
+        "base": base,
+    }
     opened = open_checkpoint(name, weights=False, **options)
     return open_checkpoint(name, **options) if opened.is_adapter else opened
 
 
 def model_files(checkpoint: Checkpoint) -> Checkpoint:
     """The files of the model itself: of an adapter, its base's; without weights."""
-    base = adapter_base(checkpoint.path)
+    base = adapter_base(checkpoint.path, checkpoint.base)
     return checkpoint if base is None else open_checkpoint(base, weights=False)
 
 

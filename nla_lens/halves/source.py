@@ -1,0 +1,66 @@
+"""The model whose vectors an NLA reads, loaded when it is first needed and kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nla_lens.checkpoints.spec import NLASpec
+from nla_lens.checks import is_int
+from nla_lens.errors import NLAError
+from nla_lens.models.placement import Placement
+from nla_lens.progress import waiting
+from nla_lens.stream.extraction import Positions, Text, open_source, read_text
+from nla_lens.stream.residual import ResidualTensor
+
+
+class OwnSource:
+    """Reads texts at block K, with a model that a caller gives or the one that the spec names.
+
+    Attributes:
+        loaded: The spec's own, a `Source`, once it was needed; None before.
+    """
+
+    def __init__(
+        self, spec: NLASpec, placement: Placement | None = None, remote: str | bool = False
+    ) -> None:
+        """Loads nothing yet.
+
+        Args:
+            spec: Which model, and which layer.
+            placement: How it is loaded.
+            remote: Where it runs, if not here; see `engines.remote_host`.
+        """
+        self._spec, self._remote = spec, remote
+        self._placement = placement or Placement()
+        self.loaded: Any = None
+
+    def read(
+        self, text: Text, positions: Positions, model: Any, generate: int, progress: bool | None
+    ) -> ResidualTensor:
+        """The vectors of a text; see `NLA.explain_text` for what the arguments mean.
+
+        Raises:
+            NLAError: No source model or layer is known, or a position the text does not have.
+        """
+        if not is_int(generate) or generate < 0:
+            raise NLAError(f"generate={generate!r} must be the number of tokens to write, or 0")
+        place = self._spec.place
+        if place is None:
+            raise NLAError("which layer to read is not known; pass layer= to from_pretrained")
+        if model is None:
+            model = self._own(whole=generate > 0)
+        source = open_source(model, n_blocks=None if generate else place.n_blocks)
+        with waiting("reading the text", progress):
+            return read_text(source, text, place, positions=positions, generate=generate)
+
+    def _own(self, *, whole: bool) -> Any:
+        """The source model, loaded once; blocks after K only where it must go on writing."""
+        name, place = self._spec.source_model, self._spec.place
+        if name is None:
+            raise NLAError("the checkpoint does not name its source model; pass model=")
+        if self.loaded is None or (whole and not self.loaded.is_whole):
+            n_blocks = None if whole or not place else place.n_blocks
+            self.loaded = open_source(
+                name, n_blocks=n_blocks, remote=self._remote, **vars(self._placement)
+            )
+        return self.loaded
