@@ -17,11 +17,11 @@ import torch
 from nnsight.intervention.envoy import Envoy
 from torch import Tensor
 
-from nla_lens.adapters.nnsight_run import Recorder, where_of_pass
+from nla_lens.adapters.nnsight_run import Recorder
 from nla_lens.engines.ndif.results import MOST_BYTES, read_result
 from nla_lens.engines.ndif.wire import read_response
 from nla_lens.errors import NLARemoteError
-from nla_lens.stream.origin import Origin
+from nla_lens.stream.origin import Origin, where_of_pass
 from nla_lens.stream.residual import ResidualTensor
 
 

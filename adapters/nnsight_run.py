@@ -10,12 +10,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from nla_lens.models.cache_keyword import cache_among
 from nla_lens.nla import NLA
-from nla_lens.stream.origin import Origin, locate
+from nla_lens.stream.origin import Origin, where_of_pass
 from nla_lens.stream.residual import ResidualTensor
 
 
@@ -88,21 +86,3 @@ class Recorder:
 
     def _origin(self, path: str, where_BT3: Tensor) -> Origin:
         return Origin(self._names[path], where_BT3, self._to_token, self._nla)
-
-
-def where_of_pass(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """`[B, T, 3]` of one forward pass from its arguments; None where nothing is known."""
-    given = kwargs.get("input_ids", args[0] if args else None)
-    if isinstance(given, Tensor) and given.ndim == 2 and not given.is_floating_point():
-        ids_BT = given
-    else:
-        embeds_BTD = kwargs.get("inputs_embeds")
-        if not isinstance(embeds_BTD, Tensor) or embeds_BTD.ndim != 3:
-            return None
-        ids_BT = torch.full(embeds_BTD.shape[:2], -1, device=embeds_BTD.device)
-    mask_BS = kwargs.get("attention_mask")
-    if not isinstance(mask_BS, Tensor) or mask_BS.ndim != 2:
-        past = cache_among(kwargs)
-        n_past = 0 if past is None else int(past.get_seq_length())
-        mask_BS = ids_BT.new_ones(len(ids_BT), n_past + ids_BT.shape[1])
-    return locate(ids_BT, mask_BS)

@@ -146,8 +146,8 @@ class NLA:
         """Says in words what vectors hold.
 
         Args:
-            vectors: `[d]`, `[n, d]`, `[batch, pos, d]` and so on; torch or numpy, any float dtype,
-                any device. A `ResidualTensor` also tells its tokens and positions.
+            vectors: `[d]`, `[n, d]`, `[batch, pos, d]` or a list of them, of any float dtype and
+                device. A `ResidualTensor` tells its place, too; else `hook_name` is None: unknown.
             max_new_tokens: Longest explanation, in tokens.
             temperature: 0 is plain argmax, whatever the checkpoint's generation_config says.
             num_samples: Explanations per vector; needs a temperature above 0.

@@ -174,10 +174,11 @@ def stack_of(model: Any) -> Any:
 def has_hooks(model: nn.Module) -> bool:
     """Whether somebody's hooks act on a model.
 
-    Not ours, and not those that transformers keeps there: they only look.
+    Not ours, and not those that transformers or a probe keeps there: they only look.
     """
     return any(
         not isinstance(hook, OwnHook)
+        and not getattr(hook, "only_looks", False)
         and not str(getattr(hook, "__module__", "")).startswith("transformers.")
         for module in model.modules()
         # Lists, since other threads may be changing them.

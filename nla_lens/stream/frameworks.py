@@ -10,7 +10,10 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, Final
 
+from torch import nn
+
 from nla_lens.errors import NLAError
+from nla_lens.models.wrappers import is_transformers
 from nla_lens.plugins import load_plugin
 from nla_lens.stream.explainer import Explainer, check_nla
 
@@ -62,7 +65,9 @@ def attach(model: Any, nla: Explainer) -> Probe:
     Values stay bit-identical; what is recorded keeps its `.explain()` after `detach`.
 
     Args:
-        model: A TransformerBridge, HookedTransformer or nnsight model.
+        model: A TransformerBridge, HookedTransformer, nnsight or transformers model; a
+            transformers model may be wrapped (PEFT, DataParallel, torch.compile, a module of your
+            own).
         nla: The NLA, for this model's residual stream.
 
     Returns:
@@ -90,11 +95,14 @@ def find_adapter(model: Any) -> Any | None:
     Raises:
         NLAError: There is one that cannot be imported.
     """
-    packages = {base.__module__.split(".")[0] for base in type(model).__mro__}
-    for entry in entry_points(group=GROUP):
-        if entry.name in packages:
-            return load_plugin(entry)
-    return None
+    named = {entry.name: entry for entry in entry_points(group=GROUP)}
+    for base in type(model).__mro__:
+        package = base.__module__.split(".")[0]
+        if package in named:
+            return load_plugin(named[package])
+    # A wrapper of torch's, or of the user's own, around a transformers model.
+    inside = model.modules() if isinstance(model, nn.Module) else ()
+    return adapter_of("transformers") if any(map(is_transformers, inside)) else None
 
 
 def adapter_of(framework: str) -> Any:

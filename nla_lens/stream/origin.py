@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 
+from nla_lens.models.cache_keyword import cache_among
 from nla_lens.stream.explainer import Explainer
 
 PADDING: Final = -1
@@ -153,3 +154,31 @@ def locate(
         positions = mask.cumsum(-1).sub(1).masked_fill(mask == 0, PADDING)[:, -n_tokens:]
     rows = torch.arange(n_rows, device=ids.device)[:, None].expand_as(ids)
     return torch.stack([rows, positions, ids], dim=-1)
+
+
+def where_of_pass(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """`where_LX3` `[B, T, 3]` of one forward pass of a transformers model, from its arguments.
+
+    Positions are `UNKNOWN` where a mask is given of which padding cannot be read (of four axes, or
+    one for each kind of attention) and no positions beside it. None where nothing is known.
+    """
+    given = kwargs.get("input_ids", args[0] if args else None)
+    if isinstance(given, torch.Tensor) and given.ndim == 2 and not given.is_floating_point():
+        ids_BT = given
+    else:
+        embeds_BTD = kwargs.get("inputs_embeds")
+        if not isinstance(embeds_BTD, torch.Tensor) or embeds_BTD.ndim != 3:
+            return None
+        ids_BT = torch.full(embeds_BTD.shape[:2], -1, device=embeds_BTD.device)
+    mask_BS = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if isinstance(mask_BS, torch.Tensor) and mask_BS.ndim == 2:
+        return locate(ids_BT, mask_BS)
+    if mask_BS is None:
+        past = cache_among(kwargs)
+        n_past = 0 if past is None else int(past.get_seq_length())
+        return locate(ids_BT, ids_BT.new_ones(len(ids_BT), n_past + ids_BT.shape[1]))
+    where_BT3, positions_BT = locate(ids_BT), kwargs.get("position_ids")
+    if not isinstance(positions_BT, torch.Tensor) or positions_BT.ndim != 2:
+        positions_BT = torch.full_like(ids_BT, UNKNOWN)
+    where_BT3[..., 1] = positions_BT
+    return where_BT3
