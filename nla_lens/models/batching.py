@@ -22,17 +22,23 @@ pass costs besides its tokens, in tokens. Measured with one thread at d 512; it 
 def choose_batch_size(model: Any, n_tokens: int) -> int:
     """Rows whose key-value cache of `n_tokens` each fits into half of the free memory."""
     config = text_model(model).config
-    # Families without attention say nothing of heads, and take this much at most.
-    heads = getattr(config, "num_attention_heads", None) or 1
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    cached = 2 * config.num_hidden_layers * kv_heads * head_dim * n_tokens
+    # Where blocks differ (Gemma 4), each has a config of its own.
+    by_block = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    cached = 2 * n_tokens * sum(map(_cached_per_token, by_block))
     # Logits, their float32 copy and the widest activations of the prefill.
     passing = 3 * config.vocab_size + 8 * config.hidden_size * n_tokens
     bytes_per_row = (cached + passing) * model.dtype.itemsize
     device = input_device(model)
     rows = int(_SHARE_OF_FREE_MEMORY * free_memory(device) / bytes_per_row)
     return max(1, min(rows, _MOST_ROWS.get(device.type, 64)))
+
+
+def _cached_per_token(config: Any) -> int:
+    """Entries of keys, as many as those of values, that a block keeps of a token, at most."""
+    # Families without attention say nothing of heads, and keep less.
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int((getattr(config, "num_key_value_heads", None) or heads) * head_dim)
 
 
 def free_memory(device: torch.device) -> int:

@@ -14,6 +14,8 @@ from torch import nn
 
 NAMES: Final = ("cache", "past_key_values")
 """Newest first."""
+_STATES: Final = "cache_params"
+"""What families call it that keep states alone (Mamba)."""
 
 
 def cache_keyword(taker: nn.Module | Callable[..., Any]) -> str:
@@ -21,14 +23,23 @@ def cache_keyword(taker: nn.Module | Callable[..., Any]) -> str:
 
     A wrapper that passes on any keyword (PEFT's, DataParallel) says nothing by itself.
     """
+    return _keyword(taker) or NAMES[-1]
+
+
+def takes_cache(taker: nn.Module | Callable[..., Any]) -> bool:
+    """Whether it takes any."""
+    return _keyword(taker) is not None
+
+
+def _keyword(taker: nn.Module | Callable[..., Any]) -> str | None:
     insides = taker.modules() if isinstance(taker, nn.Module) else [taker]
     for inside in insides:
         forward = inside.forward if isinstance(inside, nn.Module) else inside
         named = inspect.signature(forward).parameters
-        for name in NAMES:
+        for name in (*NAMES, _STATES):
             if name in named:
                 return name
-    return NAMES[-1]
+    return None
 
 
 def cache_among(arguments: Mapping[str, Any]) -> Any:

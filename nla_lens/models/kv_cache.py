@@ -12,7 +12,7 @@ may also keep the columns that all rows share once, apart from the rows' own (`s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -72,18 +72,49 @@ class RoomyLayer(DynamicLayer):
 
     def select(self, rows: Sequence[int], skip: int) -> None:
         """See `select` of this module; needs a buffer, so columns must have been appended."""
+        if self._buffers is None:
+            return
         length = self._n_own()
-        for buffer in self._buffers or ():
+        for buffer in self._buffers:
             for place, row in enumerate(rows):
                 if row != place:
                     buffer[place, :, skip:length] = buffer[row, :, skip:length]
-        self._buffers = tuple(b[: len(rows), :, skip:] for b in self._buffers or ())  # type: ignore[assignment]
-        self.keys, self.values = (b[..., : length - skip, :] for b in self._buffers or ())
+        self._buffers = tuple(b[: len(rows), :, skip:] for b in self._buffers)  # type: ignore[assignment]
+        self.keys, self.values = (b[..., : length - skip, :] for b in self._buffers)
 
-    def put(self, keys: Tensor, values: Tensor) -> None:
-        """Replaces all rows and columns."""
-        self.keys, self.values, self._buffers = keys, values, None
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+    def repeated(self, rows: int) -> RoomyLayer:
+        """See `repeated` of this module."""
+        # Views, copied when the first column is appended.
+        return self.with_columns(
+            *(x.expand(rows, -1, -1, -1) for x in (self.keys, self.values) if x is not None)
+        )
+
+    def sharing(self, rows: int) -> RoomyLayer:
+        """See `shared` of this module."""
+        kept = [x for x in (self.keys, self.values) if x is not None]
+        layer = self.with_columns(*(x.new_empty(rows, x.shape[1], 0, x.shape[-1]) for x in kept))
+        layer.shared = (self.keys, self.values) if kept else None
+        return layer
+
+    def joined(self, other: RoomyLayer) -> RoomyLayer:
+        """See `joined` of this module."""
+        pairs = ((self.keys, other.keys), (self.values, other.values))
+        layer = self.with_columns(*(_stacked(*pair) for pair in pairs if pair[0] is not None))
+        layer.shared = self.shared
+        return layer
+
+    def with_columns(self, *keys_and_values: Tensor) -> RoomyLayer:
+        """A layer with other rows and columns; with none where this one was never written to."""
+        layer = self.fresh()
+        if keys_and_values:
+            layer.keys, layer.values = keys_and_values
+            layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+            layer.is_initialized = True
+        return layer
+
+    def fresh(self) -> RoomyLayer:
+        """An empty layer, of the same kind."""
+        return RoomyLayer()
 
 
 def _with_room(kept: Tensor | None, new: Tensor, capacity: int) -> Tensor:
@@ -94,39 +125,39 @@ def _with_room(kept: Tensor | None, new: Tensor, capacity: int) -> Tensor:
     return buffer
 
 
-def empty_cache() -> Cache:
-    """A cache for every block, sliding ones included: their window is kept by the mask."""
-    return Cache(layer_class_to_replicate=RoomyLayer)
+def empty_cache(layers: Sequence[Callable[[], Any]] = ()) -> Cache:
+    """A cache for every block, sliding ones included: their window is kept by the mask.
+
+    Args:
+        layers: What makes the layers of a family that keeps other things than keys and values; the
+            rest are `RoomyLayer`.
+    """
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    cache.layers.extend(make() for make in layers)
+    return cache
 
 
+def _holding(layers: Iterable[Any]) -> Cache:
+    cache = empty_cache()
+    cache.layers.extend(layers)
+    return cache
+
+
+@torch.inference_mode()
 def repeated(prefix: Cache, rows: int) -> Cache:
     """A cache of `rows` rows that all begin with the one row of `prefix`, which stays unwritten."""
-    cache = empty_cache()
-    for index, layer in enumerate(prefix.layers):
-        # A view, copied when the first column is appended.
-        _layer(cache, index).put(
-            layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)
-        )
-    return cache
+    return _holding(layer.repeated(rows) for layer in prefix.layers)
 
 
+@torch.inference_mode()
 def shared(prefix: Cache, rows: int) -> Cache:
     """As `repeated`, with the columns of `prefix` kept once and apart."""
-    cache = empty_cache()
-    for index, layer in enumerate(prefix.layers):
-        own = _layer(cache, index)
-        _, heads, _, head_dim = layer.keys.shape
-        own.put(
-            layer.keys.new_empty(rows, heads, 0, head_dim),
-            layer.values.new_empty(rows, heads, 0, layer.values.shape[-1]),
-        )
-        own.shared = layer.keys, layer.values
-    return cache
+    return _holding(layer.sharing(rows) for layer in prefix.layers)
 
 
 def n_shared(cache: Cache) -> int:
     """Columns that all rows share, kept once."""
-    return _layer(cache, 0).n_shared
+    return next((layer.n_shared for layer in cache.layers if isinstance(layer, RoomyLayer)), 0)
 
 
 @torch.inference_mode()
@@ -143,16 +174,10 @@ def select(cache: Cache, rows: Sequence[int], skip: int = 0) -> None:
         layer.select(rows, skip)
 
 
+@torch.inference_mode()
 def joined(first: Cache, second: Cache) -> Cache:
     """The rows of both, the shorter ones with empty columns on the left of their own."""
-    cache = empty_cache()
-    for index, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
-        _layer(cache, index).put(
-            _stacked(a.keys, b.keys),
-            _stacked(a.values, b.values),
-        )
-        _layer(cache, index).shared = a.shared
-    return cache
+    return _holding(a.joined(b) for a, b in zip(first.layers, second.layers, strict=True))
 
 
 def _stacked(a: Tensor, b: Tensor) -> Tensor:
@@ -163,8 +188,3 @@ def _stacked(a: Tensor, b: Tensor) -> Tensor:
 def _left_padded(x: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, length - x.shape[-2], 0))
 
-
-def _layer(cache: Cache, index: int) -> Any:
-    while len(cache.layers) <= index:
-        cache.layers.append(RoomyLayer())
-    return cache.layers[index]

@@ -26,6 +26,7 @@ from nla_lens.engines.local.sampling import Sampler
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import embedding_of
 from nla_lens.models.batching import choose_batch_size
+from nla_lens.models.caching import KEYS_AND_VALUES, Caching
 from nla_lens.models.kv_cache import empty_cache, joined, n_shared, repeated, select, shared
 from nla_lens.models.passes import OwnPass
 
@@ -42,9 +43,11 @@ class Forward(Protocol):
 
     Attributes:
         eos_ids: Ids that end an answer.
+        caching: What is kept between two tokens.
     """
 
     eos_ids: frozenset[int]
+    caching: Caching
 
     def run(
         self,
@@ -54,15 +57,17 @@ class Forward(Protocol):
         mask_BL: Tensor | None = None,
         positions_BT: Tensor | None = None,
         injected_BD: Tensor | None = None,
+        at: int = 0,
     ) -> Tensor:
         """Runs tokens after what is in the cache, which grows by them.
 
         Args:
             ids_BT: Token ids.
-            cache: A transformers cache.
+            cache: A transformers cache; None: nothing is kept.
             mask_BL: Which columns of the grown cache are real; None: all.
             positions_BT: Positions of the tokens; None: they go on from the cache's length.
-            injected_BD: Vectors to be injected at the first of the T tokens; None: nothing is.
+            injected_BD: Vectors to be injected at one of the T tokens; None: nothing is.
+            at: Which one.
 
         Returns:
             Logits at the last token, `[B, V]` float32.
@@ -110,7 +115,8 @@ class _Flight:
             mask_BL = self.mask_BL[kept]
             unused = int(mask_BL.any(0).long().argmax())
             self.mask_BL = mask_BL[:, unused:]
-            select(self.cache, kept, skip=unused)
+            if self.cache is not None:
+                select(self.cache, kept, skip=unused)
             self.rows = [self.rows[i] for i in kept]
             self.generated = [self.generated[i] for i in kept]
 
@@ -121,7 +127,7 @@ class _Flight:
         if self.mask_BL is None:
             self.cache, self.mask_BL = other.cache, other.mask_BL
         else:
-            self.cache = joined(self.cache, other.cache)
+            self.cache = None if self.cache is None else joined(self.cache, other.cache)
             length = max(self.mask_BL.shape[1], other.mask_BL.shape[1])
             self.mask_BL = torch.cat(
                 [
@@ -158,8 +164,10 @@ class Decoder:
         sampler = Sampler(job.temperature, job.seeds)
         while waiting or flight.rows:
             free, started = batch_size - len(flight.rows), _Flight()
+            # Without a cache all rows are equally long.
+            joins = free * _WORTH_A_COPY >= batch_size if self._caching.kept else not flight.rows
             try:
-                if waiting and free * _WORTH_A_COPY >= batch_size:
+                if waiting and joins:
                     for n in self._prefills(min(free, len(waiting)), job):
                         started = _Flight.of([waiting.popleft() for _ in range(n)])
                         logits_BV = self._prefill(started, job)
@@ -198,28 +206,42 @@ class Decoder:
 
     def _prefills(self, n: int, job: Job) -> list[int]:
         """How many of n rows go through each prefill pass."""
-        n_suffix = len(job.prompt_ids) - job.marker
+        n_suffix = len(job.prompt_ids) - self._n_before(job)
         most = max(1, _PREFILL_TOKENS.get(self._device.type, _MANY_TOKENS) // n_suffix)
         return [min(most, n - start) for start in range(0, n, most)]
+
+    @property
+    def _caching(self) -> Caching:
+        return self._forward.caching
+
+    def _n_before(self, job: Job) -> int:
+        """Tokens of the prompt that run once for all rows."""
+        return job.marker if self._caching.kept and self._caching.resumes else 0
 
     @torch.inference_mode()
     def _prefill(self, started: _Flight, job: Job) -> Tensor:
         """Runs the prompt from the marker on, injecting; what is before it is shared."""
-        n = len(started.rows)
-        suffix_BT = self._ids([list(job.prompt_ids[job.marker :])] * n)
-        prefix, n_tokens = self._prefix_of(job), len(job.prompt_ids)
-        share = self._forward.can_share(n_tokens + job.max_new_tokens)
-        started.cache = (shared if share else repeated)(prefix, n)
-        n_own = n_tokens - n_shared(started.cache)
-        started.mask_BL = torch.ones(n, n_own, dtype=torch.bool, device=self._device)
+        n, n_tokens, n_before = len(started.rows), len(job.prompt_ids), self._n_before(job)
+        n_apart = 0
+        if n_before:
+            prefix = self._prefix_of(job)
+            share = self._forward.can_share(n_tokens + job.max_new_tokens)
+            started.cache = (shared if share else repeated)(prefix, n)
+            n_apart = n_shared(started.cache)
+        elif self._caching.kept:
+            started.cache = empty_cache(self._caching.layers)
+        started.mask_BL = torch.ones(n, n_tokens - n_apart, dtype=torch.bool, device=self._device)
         return self._forward.run(
-            suffix_BT, started.cache, injected_BD=job.injected_ND[started.rows]
+            self._ids([list(job.prompt_ids[n_before:])] * n),
+            started.cache,
+            injected_BD=job.injected_ND[started.rows],
+            at=job.marker - n_before,
         )
 
     def _prefix_of(self, job: Job) -> Any:
         ids, kept = tuple(job.prompt_ids[: job.marker]), self._prefix
         if kept is None or kept[0] != ids:
-            cache = empty_cache()
+            cache = empty_cache(self._caching.layers)
             self._forward.run(self._ids([list(ids)]), cache)
             # Another thread may keep that of another prompt at any time.
             kept = self._prefix = ids, cache
@@ -227,7 +249,11 @@ class Decoder:
 
     @torch.inference_mode()
     def _step(self, flight: _Flight, job: Job) -> Tensor:
-        """Runs each row's newest token, injecting nothing."""
+        """Runs each row's newest token, injecting nothing; without a cache, each row anew."""
+        if not self._caching.kept:
+            rows = [[*job.prompt_ids, *ids] for ids in flight.generated]
+            injected_BD = job.injected_ND[flight.rows]
+            return self._forward.run(self._ids(rows), None, injected_BD=injected_BD, at=job.marker)
         newest_B1 = self._ids([ids[-1:] for ids in flight.generated])
         mask_BL = torch.nn.functional.pad(flight.mask_BL, (0, 1), value=True)  # type: ignore[arg-type]
         flight.mask_BL = mask_BL
@@ -245,7 +271,12 @@ class Decoder:
 
 
 class LocalVerbalizer:
-    """What all AVs in this process share; a subclass adds `run` (see `Forward`)."""
+    """What all AVs in this process share; a subclass adds `run` (see `Forward`).
+
+    Attributes:
+        eos_ids: See `VerbalizerEngine`.
+        caching: See `Forward`; settled when the engine is loaded, see `self_check`.
+    """
 
     def __init__(self, lm: Any, device: torch.device, eos_ids: frozenset[int]) -> None:
         """Args:
@@ -255,6 +286,7 @@ class LocalVerbalizer:
         """
         self.eos_ids = eos_ids
         self._lm, self._device = lm, device
+        self.caching = KEYS_AND_VALUES
         self._decoder = Decoder(self, device)  # type: ignore[arg-type]
 
     @torch.inference_mode()

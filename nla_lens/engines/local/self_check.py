@@ -12,6 +12,7 @@ All of it is six passes of a few tokens: what six tokens cost, with a model of a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,10 +25,12 @@ from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import Job
 from nla_lens.engines.local.decoding import Decoder, LocalVerbalizer
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import embedding_of, input_device
+from nla_lens.models.anatomy import embedding_of, input_device, width_of
 from nla_lens.models.block_reader import BlockReader
+from nla_lens.models.caching import ways_of_caching
 from nla_lens.models.kv_cache import empty_cache, repeated
 
+_logger = logging.getLogger(__name__)
 _PROMPT: Final = 4
 _MARKER: Final = 2
 _LENGTHS: Final = (2, 3, 2)
@@ -63,7 +66,7 @@ class Script:
         prompt_ids = [next(ids) for _ in range(_PROMPT)]
         marker_1D = engine.embed(prompt_ids[_MARKER : _MARKER + 1])
         # To be added, a zero vector is nothing.
-        injected_1D = marker_1D if spec.injection == "replace" else torch.zeros_like(marker_1D)
+        injected_1D = marker_1D if spec.injection == "replace" else torch.zeros(1, width_of(lm))
         rows = [[next(ids) for _ in range(length)] for length in _LENGTHS]
         return cls(prompt_ids, _MARKER, injected_1D.expand(len(rows), -1), rows)
 
@@ -93,6 +96,38 @@ def check_decoding(
         raise _refusal(lm, name, packages, _failing(error)) from error
     apart = max(map(_apart, found, wanted))
     _judge(lm, name, packages, apart, "its texts would be fluent, and not about the vector")
+
+
+def settle_caching(
+    engine: LocalVerbalizer, lm: Any, spec: NLASpec, name: str, *packages: str
+) -> None:
+    """Lets an engine decode in the fastest way that gives what a pass without a cache gives.
+
+    Args:
+        engine: Is told the way; otherwise as for `check_verbalizer`.
+        lm: The causal LM inside.
+        spec: Of the checkpoint.
+        name: The engine's name.
+        packages: As for `check_decoding`.
+
+    Raises:
+        NLAError: None does, in a family that keeps keys and values alone.
+    """
+    ways = ways_of_caching(lm)
+    for way in ways:
+        engine.caching = way
+        if not way.kept:
+            _logger.warning(
+                "%s keeps more between two tokens than can be moved from row to row: each token "
+                "runs its row from the beginning, which is right and slow",
+                type(lm).__name__,
+            )
+            return
+        try:
+            return check_verbalizer(engine, lm, spec, name, *packages)
+        except NLAError:
+            if way is ways[-1]:
+                raise
 
 
 def check_verbalizer(
@@ -146,6 +181,7 @@ class _Rehearsal:
 
     Attributes:
         eos_ids: None: the script says how long a row is.
+        caching: The engine's.
         said: Logits before each token of each row.
     """
 
@@ -153,7 +189,7 @@ class _Rehearsal:
 
     def __init__(self, engine: Any, script: Script) -> None:
         self.said: list[list[Tensor]] = []
-        self.can_share = engine.can_share
+        self.can_share, self.caching = engine.can_share, engine.caching
         self._run, self._rows = engine.run, script.rows
         self._row_of = {token: row for row, ids in enumerate(script.rows) for token in ids}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines.local.decoding import LocalVerbalizer
-from nla_lens.engines.local.self_check import check_verbalizer
+from nla_lens.engines.local.self_check import settle_caching
 from nla_lens.engines.local.transformers import adapter_blocks
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import text_model
@@ -43,7 +43,7 @@ def load_verbalizer(
     eos_ids = find_eos_ids(model)
     text_lm = as_text_lm(text_model(model), model.get_output_embeddings())
     engine = TransformerLensVerbalizer(to_bridge(text_lm, checkpoint), spec, eos_ids)
-    check_verbalizer(engine, text_lm, spec, "transformer_lens", "transformer-lens")
+    settle_caching(engine, text_lm, spec, "transformer_lens", "transformer-lens")
     return engine
 
 
@@ -88,6 +88,7 @@ class TransformerLensVerbalizer(LocalVerbalizer):
         mask_BL: Tensor | None = None,
         positions_BT: Tensor | None = None,
         injected_BD: Tensor | None = None,
+        at: int = 0,
     ) -> Tensor:
         """See `decoding.Forward`."""
 
@@ -98,12 +99,12 @@ class TransformerLensVerbalizer(LocalVerbalizer):
                 # A hook of torch's: those of `add_hook` another thread may reset.
                 own_pass.hook(
                     self.bridge.hook_dict[self._hook_name],
-                    lambda _, args, resid_BTD: self._inject(resid_BTD, injected_BD, 0),
+                    lambda _, args, resid_BTD: self._inject(resid_BTD, injected_BD, at),
                 )
             logits_BTV = self.bridge(
                 ids_BT,
                 return_type="logits",
-                use_cache=True,
+                use_cache=cache is not None,
                 **{self._takes_cache_as: cache},
                 **masked,
                 **placed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines.local import shared_prefix
 from nla_lens.engines.local.decoding import LocalVerbalizer
-from nla_lens.engines.local.self_check import check_reader, check_verbalizer
+from nla_lens.engines.local.self_check import check_reader, settle_caching
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import blocks_of, embedding_of, input_device, width_of
 from nla_lens.models.block_reader import BlockReader
@@ -33,7 +34,7 @@ def load_verbalizer(
     engine = TransformersVerbalizer(
         load_causal_lm(checkpoint.path, base=checkpoint.base, **vars(placement)), spec
     )
-    check_verbalizer(engine, engine.model, spec, "transformers")
+    settle_caching(engine, engine.model, spec, "transformers")
     return engine
 
 
@@ -79,10 +80,11 @@ class TransformersVerbalizer(LocalVerbalizer):
     def __init__(self, model: Any, spec: NLASpec) -> None:
         super().__init__(model, input_device(model), find_eos_ids(model))
         self.model = model
-        self._rule = spec.injection
+        self._rule, self._family = spec.injection, model.config.model_type
         self._place = injection_module(model, spec)
         self._by_onednn = ByOneDNN(model)
         self._takes_cache_as = cache_keyword(model)
+        self._taken = _taken_by(model, self._takes_cache_as)
         self._keeps_shared = shared_prefix.enable(model)
         self._window = shared_prefix.narrowest_window(model)
 
@@ -99,27 +101,30 @@ class TransformersVerbalizer(LocalVerbalizer):
         mask_BL: Tensor | None = None,
         positions_BT: Tensor | None = None,
         injected_BD: Tensor | None = None,
+        at: int = 0,
     ) -> Tensor:
         """See `decoding.Forward`."""
+        said = {
+            "attention_mask": None if mask_BL is None else mask_BL.long(),
+            "position_ids": positions_BT,
+            self._takes_cache_as: cache,
+            "use_cache": cache is not None,
+            "logits_to_keep": 1,
+        }
         with (
             OwnPass(self.model) as own_pass,
-            self._injected(own_pass, injected_BD),
+            self._injected(own_pass, injected_BD, ids_BT.shape[1], at),
             self._by_onednn,
         ):
-            out = self.model(
-                input_ids=ids_BT,
-                attention_mask=None if mask_BL is None else mask_BL.long(),
-                position_ids=positions_BT,
-                use_cache=True,
-                logits_to_keep=1,
-                **{self._takes_cache_as: cache},
-            )
+            out = self.model(input_ids=ids_BT, **{k: said[k] for k in said if k in self._taken})
         logits_BV: Tensor = out.logits[:, -1].float()
         return logits_BV
 
     @contextlib.contextmanager
-    def _injected(self, own_pass: OwnPass, vectors_BD: Tensor | None) -> Iterator[None]:
-        """Injects at the first token of a pass."""
+    def _injected(
+        self, own_pass: OwnPass, vectors_BD: Tensor | None, n_tokens: int, at: int
+    ) -> Iterator[None]:
+        """Injects at one token of a pass."""
         if vectors_BD is None:
             yield
             return
@@ -129,7 +134,12 @@ class TransformersVerbalizer(LocalVerbalizer):
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             fired.append(module)
             resid_BTD = output[0] if isinstance(output, tuple) else output
-            injected = inject(resid_BTD, vectors_BD, 0)
+            if resid_BTD.shape[1] != n_tokens:
+                raise NLAError(
+                    f"{type(module).__name__} puts out {resid_BTD.shape[1]} of {n_tokens} tokens, "
+                    f"so {self._rule} cannot be told where its token is in a {self._family} model"
+                )
+            injected = inject(resid_BTD, vectors_BD, at)
             return (injected, *output[1:]) if isinstance(output, tuple) else injected
 
         own_pass.hook(self._place, hook)
@@ -169,13 +179,29 @@ def injection_module(model: Any, spec: NLASpec) -> nn.Module:
     """The module whose output a vector is put into.
 
     Raises:
-        NLAError: The model has no block 1 for `norm_matched_add`.
+        NLAError: The model has no block 1 for `norm_matched_add`, or embeds in another width.
     """
     if spec.injection == "replace":
-        return embedding_of(model)
+        embedding = embedding_of(model)
+        width = getattr(embedding, "embedding_dim", width_of(model))
+        if width != width_of(model):
+            raise NLAError(
+                f"replace puts a vector of d_model={width_of(model)} in place of a token's "
+                f"embedding; those of this {model.config.model_type!r} model have {width} entries"
+            )
+        return embedding
     blocks = blocks_of(model)
     layer = NORM_MATCHED_ADD_AT.layer
     if len(blocks) <= layer:
         raise NLAError(f"norm_matched_add acts at the output of block {layer}; the model has fewer")
     block: nn.Module = blocks[layer]
     return block
+
+
+def _taken_by(model: Any, cache_name: str) -> set[str]:
+    """What of a pass's options a causal LM takes; foreign code may not know them all."""
+    named = inspect.signature(model.forward).parameters
+    options = {"attention_mask", "position_ids", cache_name, "use_cache", "logits_to_keep"}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values()):
+        return options
+    return options & set(named)
