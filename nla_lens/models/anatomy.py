@@ -73,6 +73,9 @@ def _parts(model: Any) -> tuple[Any, Any, str]:
 
 def _search(model: Any) -> tuple[Any, Any, str]:
     lists = list(_lists_of_text(model, None))
+    # Parts of a wrapper that read images or sounds may look alike, but for their config.
+    kind = text_config(model.config).model_type
+    lists = [found for found in lists if found[0].config.model_type == kind] or lists
     right_length = [found for found in lists if len(found[1]) == _n_blocks(found[0])]
     by_class = [found for found in lists if all(map(_is_block, found[1]))]
     both = [found for found in right_length if found in by_class]

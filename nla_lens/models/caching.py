@@ -1,10 +1,10 @@
 """What a family keeps between two tokens, and in which ways its decoding may therefore go.
 
 Most keep keys and values, whose columns `kv_cache` moves as it likes. Others keep states besides
-(linear attention, Mamba, short convolutions), which have no columns: a row's state goes with its row.
-What keeps neither in a cache of transformers' own is run again from the beginning at each token,
-which is slow and right for every family. Which way is right is not guessed: an engine tries them
-when it is loaded, see `nla_lens.engines.local.self_check`.
+(linear attention, Mamba, short convolutions), which have no columns: a row's state goes with its
+row. What keeps neither in a cache of transformers' own is run again from the beginning at each
+token, which is slow and right for every family. Which way is right is not guessed: an engine tries
+them when it is loaded, see `nla_lens.engines.local.self_check`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,20 @@ from nla_lens.models.kv_cache import RoomyLayer
 _PLAIN = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 _STATE = "LinearAttentionLayer"
 _BOTH = ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
+_PROVEN = {
+    "falcon_h1": True,
+    "jamba": False,
+    "lfm2": True,
+    "mamba2": True,
+    "nemotron_h": True,
+    "olmo_hybrid": True,
+    "qwen3_5_moe_text": True,
+    "qwen3_5_text": True,
+    "qwen3_next": True,
+}
+"""Families with states whose cached decoding is right, and whether it resumes. In float32 that is
+seen; in half precision rounding would hide a small drift, as Zamba 2's cache has in transformers
+5.23, so others run anew."""
 _OF_COLUMNS = ("keys", "values", "_buffers", "shared", "is_initialized")
 
 
@@ -53,7 +67,7 @@ def ways_of_caching(lm: Any) -> list[Caching]:
     """Ways for a causal LM, the fastest first.
 
     Args:
-        lm: A transformers causal LM.
+        lm: A transformers causal LM, or the stack of blocks inside.
     """
     if not takes_cache(lm):
         return [NOTHING]
@@ -65,7 +79,16 @@ def ways_of_caching(lm: Any) -> list[Caching]:
     if not names <= {*_PLAIN, _STATE, *_BOTH}:
         return [NOTHING]
     made = [_maker(layer) for layer in layers]
-    return [Caching(made), Caching(made, resumes=False), NOTHING]
+    ways = [Caching(made), Caching(made, resumes=False), NOTHING]
+    if lm.dtype in (torch.float32, torch.float64):
+        return ways
+    resumes = _PROVEN.get(text_model(lm).config.model_type)
+    return ways[-1:] if resumes is None else ways if resumes else ways[1:]
+
+
+def keeps_states(lm: Any) -> bool:
+    """Whether a family keeps something else than keys and values."""
+    return ways_of_caching(lm) != [KEYS_AND_VALUES]
 
 
 def _maker(layer: Any) -> Callable[[], Any]:
@@ -123,7 +146,7 @@ class StateLayer(_Linear):
 
     def select(self, rows: Sequence[int], skip: int) -> None:
         """See `kv_cache.select`."""
-        vars(self).update(vars(self._with_states(lambda x: x[list(rows)])))
+        self.__dict__.update(vars(self._with_states(lambda x: x[list(rows)])))
 
     def _with_states(self, act: Callable[[Tensor], Tensor]) -> Any:
         layer = copy.copy(self)
@@ -179,4 +202,3 @@ def _changed(value: Any, act: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _changed(part, act) for key, part in value.items()}
     return value
-

@@ -80,7 +80,7 @@ class RoomyLayer(DynamicLayer):
                 if row != place:
                     buffer[place, :, skip:length] = buffer[row, :, skip:length]
         self._buffers = tuple(b[: len(rows), :, skip:] for b in self._buffers)  # type: ignore[assignment]
-        self.keys, self.values = (b[..., : length - skip, :] for b in self._buffers)
+        self.keys, self.values = (b[..., : length - skip, :] for b in self._buffers or ())
 
     def repeated(self, rows: int) -> RoomyLayer:
         """See `repeated` of this module."""
@@ -187,4 +187,3 @@ def _stacked(a: Tensor, b: Tensor) -> Tensor:
 
 def _left_padded(x: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, length - x.shape[-2], 0))
-

@@ -14,6 +14,7 @@ from . import sidecars, vocabulary, weights
 
 TOKENIZER = "qwen2"
 D, N_BLOCKS, VOCAB_SIZE, HEADS = 32, 4, 640, 4
+SCALE = 8.0
 _ATTENTION = {"num_attention_heads": HEADS, "num_key_value_heads": 2, "intermediate_size": 48}
 _LLAMA = {**_ATTENTION, "head_dim": 8, "max_position_embeddings": 512}
 _GPT2 = {"n_positions": 512, "n_head": HEADS}
@@ -44,6 +45,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **_LLAMA,
             **_GEMMA4,
+            "pad_token_id": 0,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": VOCAB_SIZE,
             "num_hidden_layers": 6,
@@ -57,6 +59,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **_LLAMA,
             **_GEMMA4,
+            "pad_token_id": 0,
             "attention_k_eq_v": True,
             "hidden_size_per_layer_input": 0,
             "num_kv_shared_layers": 0,
@@ -205,7 +208,10 @@ def model(name: str, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = AutoModelForCausalLM.from_config(config(name), dtype=torch.float32)
-    return randomize(made, seed).eval().requires_grad_(False)
+    made = randomize(made, seed).eval().requires_grad_(False)
+    # Answers of random weights should not end early.
+    made.get_output_embeddings().weight[VOCAB_SIZE - 1] *= 0.05
+    return made
 
 
 @torch.no_grad()
@@ -227,9 +233,9 @@ def randomize(module: torch.nn.Module, seed: int) -> Any:
     return module
 
 
-def save(name: str, directory: Path, seed: int = 0) -> Path:
+def save(name: str, directory: Path, seed: int = 0, make: Any = None) -> Path:
     """Writes the model, and a tokenizer and generation_config beside it."""
-    made = model(name, seed)
+    made = (make or model)(name, seed)
     made.save_pretrained(directory)
     eos = [VOCAB_SIZE - 1]
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
@@ -237,31 +243,54 @@ def save(name: str, directory: Path, seed: int = 0) -> Path:
     return directory
 
 
-def save_av(name: str, directory: Path, rule: str = "replace", seed: int = 0) -> Path:
-    """Writes the model as an AV, with a sidecar."""
-    save(name, directory, seed)
-    made = sidecars.sidecar(
+def save_av(name: str, directory: Path, rule: str, *, layer: int = 1, make: Any = None) -> Path:
+    """Writes the model (or another that `make` makes) as an AV, with a sidecar for a rule."""
+    save(name, directory, make=make)
+    nano = {"schema": 1, "spelling": "actor", "kind": "nla_dataset"}
+    sidecar = sidecars.sidecar(
         "av",
         TOKENIZER,
         d_model=D,
-        layer=1,
+        layer=layer,
         base=f"test/{name}",
-        injection_scale=8.0,
-        kind="nla_model" if rule == "replace" else "nla_dataset",
-        schema=2 if rule == "replace" else 1,
+        injection_scale=SCALE,
+        **(nano if rule == "norm_matched_add" else {}),
     )
-    sidecars.write_sidecar(directory, made)
+    sidecars.write_sidecar(directory, sidecar)
     return directory
 
 
-def save_ar(name: str, directory: Path, layer: int = 1, seed: int = 0) -> Path:
-    """Writes the model's first blocks as an AR: as transformers saves a cut model."""
+def save_ar(name: str, directory: Path, seed: int = 1) -> Path:
+    """Writes the model without lm_head as an AR that reads its last block."""
     made = model(name, seed)
-    made.save_pretrained(directory)
+    made.base_model.save_pretrained(directory)
     vocabulary.write_tokenizer(directory, TOKENIZER)
     weights.write_value_head(directory, D, seed, torch.float32)
-    made = sidecars.sidecar(
+    layer = made.config.num_hidden_layers - 1
+    sidecar = sidecars.sidecar(
         "ar", TOKENIZER, d_model=D, layer=layer, base=f"test/{name}", injection_scale=None
     )
-    sidecars.write_sidecar(directory, made)
+    sidecars.write_sidecar(directory, sidecar)
     return directory
+
+
+def wrapper(name: str, seed: int = 0) -> Any:
+    """The family's multimodal wrapper around a text model as `model` makes it."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = config(name)
+    kind, options = text.model_type.removesuffix("_text"), {}
+    seeing = {"hidden_size": 16, "intermediate_size": 16}
+    if kind == "gemma4":
+        options["audio_config"] = None
+        seeing |= {"num_hidden_layers": text.num_hidden_layers, "num_attention_heads": 2}
+        seeing |= {"num_key_value_heads": 2, "head_dim": 8}
+    else:
+        seeing |= {"depth": 2, "num_heads": 2, "out_hidden_size": D, "num_position_embeddings": 16}
+    whole = AutoConfig.for_model(kind, text_config=text.to_dict(), vision_config=seeing, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = AutoModelForImageTextToText.from_config(whole, dtype=torch.float32)
+    made = randomize(made, seed).eval().requires_grad_(False)
+    made.get_output_embeddings().weight[VOCAB_SIZE - 1] *= 0.05
+    return made

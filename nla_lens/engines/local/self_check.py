@@ -27,7 +27,7 @@ from nla_lens.engines.local.decoding import Decoder, LocalVerbalizer
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import embedding_of, input_device, width_of
 from nla_lens.models.block_reader import BlockReader
-from nla_lens.models.caching import ways_of_caching
+from nla_lens.models.caching import keeps_states, ways_of_caching
 from nla_lens.models.kv_cache import empty_cache, repeated
 
 _logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ _LENGTHS: Final = (2, 3, 2)
 """Of the rows of a script; with two rows at once the third joins when the first is over."""
 _ROWS_AT_ONCE: Final = 2
 _ROUNDING: Final = {torch.float32: 0.01, torch.float64: 0.01}
+_ROUNDING_OF_STATES: Final = 0.001
+"""Of families with states, in float32: Zamba 2's are 0.002 off at first, 0.07 after 40 tokens."""
 _ROUNDING_HALF: Final = 0.1
 """How far rounding may move logits, as part of their spread. Measured with 4 to 48 blocks: rounding
 1e-5 in float32 and 0.05 in bfloat16; positions off by one, a mask or a cache ignored, 0.16 to 1.2.
@@ -113,21 +115,23 @@ def settle_caching(
     Raises:
         NLAError: None does, in a family that keeps keys and values alone.
     """
-    ways = ways_of_caching(lm)
-    for way in ways:
+    *fast, last = ways_of_caching(lm)
+    for way in fast:
         engine.caching = way
-        if not way.kept:
-            _logger.warning(
-                "%s keeps more between two tokens than can be moved from row to row: each token "
-                "runs its row from the beginning, which is right and slow",
-                type(lm).__name__,
-            )
-            return
         try:
-            return check_verbalizer(engine, lm, spec, name, *packages)
+            check_verbalizer(engine, lm, spec, name, *packages)
         except NLAError:
-            if way is ways[-1]:
-                raise
+            continue
+        return
+    engine.caching = last
+    if last.kept:
+        check_verbalizer(engine, lm, spec, name, *packages)
+        return
+    _logger.warning(
+        "what %s keeps between two tokens cannot be moved from row to row, or is not right in this "
+        "transformers: each token runs its row from the beginning, which is right and slow",
+        type(lm).__name__,
+    )
 
 
 def check_verbalizer(
@@ -250,7 +254,10 @@ def _failing(error: Exception) -> str:
 
 
 def _judge(lm: Any, name: str, packages: tuple[str, ...], apart: float, so: str) -> None:
-    if not apart <= _ROUNDING.get(lm.dtype, _ROUNDING_HALF):
+    within = _ROUNDING.get(lm.dtype, _ROUNDING_HALF)
+    if within < _ROUNDING_HALF and keeps_states(lm):
+        within = _ROUNDING_OF_STATES
+    if not apart <= within:
         what = f"is {apart:.2g} of the spread away from a pass without one, so {so}"
         raise _refusal(lm, name, packages, what)
 
