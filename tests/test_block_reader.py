@@ -139,7 +139,7 @@ def test_reconstructions(load_pair, family: str) -> None:
     texts = [*EXPLANATIONS, "", " ", "<text>", "long " * 60, "x"]
     nla.reconstructor.engine.forget_prefix()
     together = nla.reconstruct(texts)
-    assert nla.reconstructor.engine._reader._prefix is not None
+    assert nla.reconstructor.engine.reader._prefix is not None
     stack, weight = text_model(nla.reconstructor.engine.model), nla.reconstructor.weight_DD
     for i, text in enumerate(texts):
         resid_TD = plain(stack, nla.reconstructor.prompt_ids(text), len(stack.layers) - 1)
