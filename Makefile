@@ -70,11 +70,11 @@ test-sae-lens: .venv-sae-lens/.test  ## run the suite with sae-lens and transfor
 TORCH ?= 2.13.0
 test-newest: .venv-newest/.python  ## run the suite with the newest release of everything, and say what that is
 	@echo "Resolving nla-lens[$(NEWEST_EXTRAS)] into .venv-newest without constraints"
-	@.venv-newest/bin/python -m pip install -q --upgrade --upgrade-strategy eager \
+	@$(call pip_install,.venv-newest) --upgrade --upgrade-strategy eager \
 	  -e '.[$(NEWEST_EXTRAS)]' $(if $(TORCH),'torch==$(TORCH)')
 	@.venv-newest/bin/python -m pip list --format freeze | grep -E \
 	  '^(torch|transformers|tokenizers|transformer-lens|nnsight|peft|accelerate|huggingface.hub|numpy|safetensors)=='
-	HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest $(PYTEST_ARGS)
+	$(call pytest,.venv-newest)
 NEWEST_EXTRAS = transformer-lens,nnsight,lora,dev
 
 # Redis is looked for first: the environment takes minutes.
@@ -117,12 +117,13 @@ clean:  ## remove the environments, caches and build leftovers
 
 # setuptools notes what it knows of the package in the environment, where tests that run meanwhile do
 # not see it: in the root it would be found before the environment's own.
-PIP_INSTALL = DIST_EXTRA_CONFIG='$(CURDIR)/$(@D)/setup.cfg' $(@D)/bin/python -m pip install -q
+# $(call pip_install,ENVIRONMENT)
+pip_install = DIST_EXTRA_CONFIG='$(CURDIR)/$(1)/setup.cfg' $(1)/bin/python -m pip install -q
 
 # $(call install,EXTRAS,CONSTRAINTS)
 define install
 @echo "Installing nla-lens[$(1)] into $(@D): a minute or two the first time"
-@$(PIP_INSTALL) -e '.[$(1)]' -c constraints/$(2).txt
+@$(call pip_install,$(@D)) -e '.[$(1)]' -c constraints/$(2).txt
 @touch $@
 endef
 comma := ,
@@ -143,7 +144,7 @@ comma := ,
 
 .venv-ndif/.test: .venv-ndif/.python pyproject.toml constraints/ndif.txt
 	@echo "Installing an NDIF server into $(@D): some minutes and 5.5 GB the first time"
-	@$(PIP_INSTALL) -e '.[nnsight]' 'ndif[api,ray]' 'moto[server]' \
+	@$(call pip_install,$(@D)) -e '.[nnsight]' 'ndif[api,ray]' 'moto[server]' \
 	  pytest pytest-timeout -c constraints/ndif.txt
 	@touch $@
 
@@ -152,7 +153,7 @@ comma := ,
 .venv-vllm/.test: .venv-vllm/.python pyproject.toml constraints/vllm.txt
 	@echo "Installing a vLLM server into $(@D): a minute and 2.1 GB the first time"
 	@$(@D)/bin/python -m pip install -q --no-deps -r constraints/vllm.txt
-	@$(PIP_INSTALL) --no-deps -e .
+	@$(call pip_install,$(@D)) --no-deps -e .
 	@touch $@
 
 .venv-ndif/.python: PYTHON = $(PYTHON312)

@@ -848,7 +848,8 @@ def test_extract_positions_and_batches(model: Any) -> None:
 def test_extract_runs_no_later_block(probed: Any) -> None:
     ran: list[int] = []
     handles = [
-        block.register_forward_hook(lambda *_, n=n: ran.append(n))
+        # Before it: the pass is over when the last one's output is there.
+        block.register_forward_pre_hook(lambda *_, n=n: ran.append(n))
         for n, block in enumerate(probed.blocks)
     ]
     try:
