@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nla_lens.checkpoints.spec import NLASpec
     from nla_lens.errors import NLAError, NLARemoteError, NLAWarning
+    from nla_lens.jobs.running import explain_corpus
     from nla_lens.nla import NLA
     from nla_lens.results.explanation import Explanation
     from nla_lens.results.explanations import Explanations
+    from nla_lens.results.store import Store, open_store
     from nla_lens.stream.extraction import extract
     from nla_lens.stream.frameworks import Probe, attach
     from nla_lens.stream.hook_point import ResidPost
@@ -35,8 +37,11 @@ __all__ = [
     "Probe",
     "ResidPost",
     "ResidualTensor",
+    "Store",
     "attach",
+    "explain_corpus",
     "extract",
+    "open_store",
 ]
 _HOMES = {
     "NLA": "nla",
@@ -49,8 +54,11 @@ _HOMES = {
     "Probe": "stream.frameworks",
     "ResidPost": "stream.hook_point",
     "ResidualTensor": "stream.residual",
+    "Store": "results.store",
     "attach": "stream.frameworks",
+    "explain_corpus": "jobs.running",
     "extract": "stream.extraction",
+    "open_store": "results.store",
 }
 
 

@@ -21,12 +21,12 @@ from nla_lens.halves.loading import Request, load_halves
 from nla_lens.halves.reconstructor import Reconstructor, check_texts
 from nla_lens.halves.source import OwnSource
 from nla_lens.halves.verbalizer import Verbalizer
-from nla_lens.models.placement import Placement, torch_device, torch_dtype
+from nla_lens.models.placement import Placement
 from nla_lens.progress import with_progress
 from nla_lens.results import metrics
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.explanations import Explanations
-from nla_lens.stream.extraction import Positions, Text
+from nla_lens.stream.extraction import Positions, Source, Text
 from nla_lens.stream.vectors import VectorBatch, VectorsLike, check_vectors
 
 
@@ -105,17 +105,7 @@ class NLA:
             NLAError: Not found, not an NLA, incomplete or contradictory.
         """
         halves = name_halves(name, av, ar, subfolder=subfolder, revision=revision)
-        if device is not None and device_map is not None:
-            raise NLAError(
-                f"device={device!r} and device_map={device_map!r} are both given; pass one"
-            )
-        placement = Placement(
-            torch_dtype(dtype),
-            torch_device(device),
-            device_map,
-            quantization_config,
-            trust_remote_code,
-        )
+        placement = Placement.of(dtype, device, device_map, quantization_config, trust_remote_code)
         request = Request(*halves, placement, revision, injection, injection_scale, layer)
         request = replace(request, engine=engine, url=url, base=base)
         nla = cls(*load_halves(replace(request, chat_template_kwargs=chat_template_kwargs)))
@@ -191,10 +181,11 @@ class NLA:
         return self._run(self._check(vectors, wishes), wishes)
 
     def _check(self, vectors: VectorsLike, options: Options) -> VectorBatch:
-        self._check_options(options)
+        self.check_options(options)
         return check_vectors(vectors, self.spec.d_model)
 
-    def _check_options(self, options: Options) -> None:
+    def check_options(self, options: Options) -> None:
+        """Raises an NLAError for options of `explain` that cannot work."""
         options.check(has_reconstructor=self.reconstructor is not None)
         if options.prompt is not None:
             self.verbalizer.custom_prompt(options.prompt)
@@ -229,12 +220,16 @@ class NLA:
             NLAError: No source model is known, or a position the text does not have.
         """
         wishes = Options.of(options)
-        self._check_options(wishes)
+        self.check_options(wishes)
         resid = self._source.read(text, positions, model, generate, wishes.progress)
         explained = self.explain(resid, **options)
         if not isinstance(explained, Explanations):
             raise NLAError(f"expected one explanation per position, found {explained!r}")
         return explained
+
+    def open_source(self, model: Any = None, *, whole: bool = False) -> Source:
+        """The model whose residual stream is read; see `OwnSource.open`."""
+        return self._source.open(model, whole=whole)
 
     def reconstruct(self, texts: Sequence[str]) -> Tensor:
         """The vectors that texts stand for.

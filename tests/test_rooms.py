@@ -26,6 +26,7 @@ ROOMS: list[set[str]] = [
     {"nla_lens.results", "nla_lens.engines"},
     {"nla_lens.halves"},
     {"nla_lens.nla"},
+    {"nla_lens.jobs"},
     {"nla_lens"},
     {"nla_lens.cli"},
     {"nla_lens.adapters"},

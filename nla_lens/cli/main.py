@@ -14,7 +14,8 @@ from nla_lens.plugins import load_plugin
 
 _GROUP: Final = "nla_lens.commands"
 _OWN: Final = [
-    EntryPoint(name, f"nla_lens.cli.{name}:{name}", _GROUP) for name in ("check", "explain", "info")
+    EntryPoint(name.replace("_", "-"), f"nla_lens.cli.{name}:{name}", _GROUP)
+    for name in ("check", "explain", "explain_file", "info", "view")
 ]
 
 

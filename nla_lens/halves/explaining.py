@@ -82,8 +82,11 @@ def explain_batch(
     reconstructor: Reconstructor | None,
     batch: VectorBatch,
     options: Options,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[Explanation]:
     """Yields explanations in input order.
+
+    `numbers` are those of the vectors in a longer run, from 0: each is then sampled as it is there.
 
     A failure or Ctrl-C on the way comes after everything that was finished has been yielded.
 
@@ -100,7 +103,7 @@ def explain_batch(
             batch.vectors_ND.repeat_interleave(options.num_samples, dim=0),
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
-            seeds=_seeds(options, len(batch) * options.num_samples),
+            seeds=_seeds(options, range(len(batch)) if numbers is None else numbers),
             batch_size=options.batch_size,
             prompt=options.prompt,
         ):
@@ -127,12 +130,14 @@ def _advice(error: Exception) -> str:
     return "; pass a smaller batch_size" if out_of_memory else ""
 
 
-def _seeds(options: Options, n: int) -> Sequence[int]:
+def _seeds(options: Options, numbers: Sequence[int]) -> Sequence[int]:
     """A seed for each row, so that a row's text does not depend on its batch."""
     if options.temperature == 0:
         return ()
     base = secrets.randbits(48) if options.seed is None else int(options.seed)
-    return [(base * 1_000_003 + row) % 2**63 for row in range(n)]
+    k = int(options.num_samples)
+    rows = (number * k + sample for number in numbers for sample in range(k))
+    return [(base * 1_000_003 + row) % 2**63 for row in rows]
 
 
 class _Finisher:

@@ -9,7 +9,7 @@ from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
 from nla_lens.models.placement import Placement
 from nla_lens.progress import waiting
-from nla_lens.stream.extraction import Positions, Text, open_source, read_text
+from nla_lens.stream.extraction import Positions, Source, Text, open_source, read_text
 from nla_lens.stream.residual import ResidualTensor
 
 
@@ -47,20 +47,28 @@ class OwnSource:
         place = self._spec.place
         if place is None:
             raise NLAError("which layer to read is not known; pass layer= to from_pretrained")
-        if model is None:
-            model = self._own(whole=generate > 0)
-        source = open_source(model, n_blocks=None if generate else place.n_blocks)
+        source = self.open(model, whole=generate > 0)
         with waiting("reading the text", progress):
             return read_text(source, text, place, positions=positions, generate=generate)
 
-    def _own(self, *, whole: bool) -> Any:
-        """The source model, loaded once; blocks after K only where it must go on writing."""
+    def open(self, model: Any = None, *, whole: bool = False) -> Source:
+        """The model whose residual stream is read.
+
+        Args:
+            model: A loaded model or a checkpoint's name; None: the spec's own, loaded once.
+            whole: It must go on writing, too; else blocks after K are not loaded.
+
+        Raises:
+            NLAError: No source model is known.
+        """
         name, place = self._spec.source_model, self._spec.place
+        n_blocks = None if whole or not place else place.n_blocks
+        if model is not None:
+            return open_source(model, n_blocks=n_blocks)
         if name is None:
             raise NLAError("the checkpoint does not name its source model; pass model=")
         if self.loaded is None or (whole and not self.loaded.is_whole):
-            n_blocks = None if whole or not place else place.n_blocks
-            self.loaded = open_source(
-                name, n_blocks=n_blocks, remote=self._remote, **vars(self._placement)
-            )
-        return self.loaded
+            how = {"remote": self._remote, **vars(self._placement)}
+            self.loaded = open_source(name, n_blocks=n_blocks, **how)
+        loaded: Source = self.loaded
+        return loaded

@@ -18,6 +18,27 @@ class Placement:
     quantization_config: Any = None
     trust_remote_code: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        dtype: Any,
+        device: Any,
+        device_map: Any = None,
+        quantization_config: Any = None,
+        trust_remote_code: bool = False,
+    ) -> Placement:
+        """What a caller said, checked.
+
+        Raises:
+            NLAError: No such dtype or device, or a device and a device map.
+        """
+        if device is not None and device_map is not None:
+            raise NLAError(
+                f"device={device!r} and device_map={device_map!r} are both given; pass one"
+            )
+        where = (torch_device(device), device_map, quantization_config, trust_remote_code)
+        return cls(torch_dtype(dtype), *where)
+
 
 def torch_device(device: Any) -> Any:
     """A torch device from its name; None is passed on.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from nla_lens.foreign import harmless
 from nla_lens.results.columns import Kind, in_use
+from nla_lens.results.templating import template
 
 if TYPE_CHECKING:
-    import jinja2
     from rich.table import Table
     from rich.text import Text
 
@@ -77,25 +76,10 @@ def to_html(records: Sequence[Any], *, whole_page: bool) -> str:
         records: In the order they are shown.
         whole_page: A page of its own, rather than a fragment for a notebook.
     """
-    return _template().render(
+    return template("explanations.html.jinja").render(
         records=records,
         columns=in_use(records),
         whole_page=whole_page,
         grade=lambda score: "" if score is None else _grade(score),
         labelled=any(record.label is not None for record in records),
     )
-
-
-@cache
-def _template() -> jinja2.Template:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("nla_lens.results"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: harmless(value) if isinstance(value, str) else value,
-    )
-    return environment.get_template("explanations.html.jinja")

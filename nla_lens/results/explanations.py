@@ -19,6 +19,7 @@ from nla_lens.results.lines import Format, damaged, read_lines, write_lines
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 class Explanations(Sequence["Explanation | Explanations"]):
@@ -108,6 +109,16 @@ class Explanations(Sequence["Explanation | Explanations"]):
         if len(self.shape) > 1:
             frame.index = pd.MultiIndex.from_product([range(n) for n in self.shape])
         return frame
+
+    def plot(self) -> Figure:
+        """Four panels: fidelity by position, against the norm, its distribution, flags.
+
+        Raises:
+            NLAError: matplotlib (extra `plots`) is not installed, or nothing was scored.
+        """
+        from nla_lens.results.plots import plot
+
+        return plot(self.flat)
 
     def to_html(self, path: str | Path) -> Path:
         """Writes one self-contained page, everything escaped.

@@ -106,10 +106,21 @@ def extract(
         raise NLAError(f"texts= is a text or a list of texts, found {texts!r:.80}")
     place = ResidPost(int(layer))
     source = open_source(model, n_blocks=place.n_blocks, tokenizer=tokenizer, remote=remote)
-    source.check_place(place)
     listed: list[Text] = [texts] if isinstance(texts, str) else list(texts)
     prompts = [encode(source.tokenizer, text) for text in listed]
     picked = [_positions(positions, len(ids)) for ids in prompts]
+    return read_prompts(source, prompts, picked, place, batch_size)
+
+
+def read_prompts(
+    source: Source,
+    prompts: Sequence[list[int]],
+    picked: Sequence[list[int]],
+    place: ResidPost,
+    batch_size: int | None = None,
+) -> list[ResidualTensor]:
+    """The residual of tokenized prompts at some of their positions, `[n_i, d]` each."""
+    source.check_place(place)
     resids = _read(source, prompts, picked, place, batch_size)
     return [
         _wrap(resid_ND, prompts[row], row, picked[row], place, source)

@@ -1,0 +1,1 @@
+"""Long runs that lose nothing: corpora in, stores of explanations out."""

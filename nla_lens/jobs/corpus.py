@@ -1,0 +1,112 @@
+"""What is explained, document by document, wherever it lies."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from torch import Tensor
+
+from nla_lens.results.rows import column_type, user_columns
+
+COLUMNS: Final = ("text", "messages")
+"""Looked for in this order where none is named."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One thing to be explained.
+
+    Attributes:
+        text: A text or a list of chat messages; None for vectors, or where it could not be read.
+        vectors: `[n, d]`, where vectors were given.
+        columns: The user's own values.
+        error: Why it could not be read.
+    """
+
+    text: Any = None
+    vectors: Tensor | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+class Part(Protocol):
+    """Documents of one file, or of one list; any of them can be read at any time."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Document: ...
+
+    def digest(self) -> str:
+        """A hash of the content."""
+        ...
+
+
+class Corpus(Sequence[Document]):
+    """All documents, numbered through.
+
+    Attributes:
+        parts: Files or lists, in order.
+        user: The user's columns: name in the input -> (name in the store, type).
+        is_vectors: Whether these are vectors and not texts.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], *, is_vectors: bool, limit: int | None = None
+    ) -> None:
+        """Args:
+        parts: See the class.
+        is_vectors: See the class.
+        limit: Only the first so many documents.
+        """
+        self.parts, self.is_vectors = list(parts), is_vectors
+        self._starts: list[int] = []
+        total = 0
+        for part in self.parts:
+            self._starts.append(total)
+            total += len(part)
+        self._n = total if limit is None else min(limit, total)
+        self.user = self._user()
+
+    def _user(self) -> dict[str, tuple[str, str]]:
+        """One pass over the columns, so that every shard gets the same types."""
+        kinds: dict[str, set[str]] = {}
+        for document in self:
+            for name, value in document.columns.items():
+                kinds.setdefault(name, set()).add(column_type([value]) if value is not None else "")
+        named = user_columns(kinds)
+        return {name: (named[name], _joined(found - {""})) for name, found in kinds.items()}
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < self._n:
+            raise IndexError(index)
+        at = bisect.bisect_right(self._starts, index) - 1
+        return self.parts[at][index - self._starts[at]]
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[i] for i in range(len(self)))
+
+    def described(self) -> dict[str, Any]:
+        """What a manifest says of the input."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(f"{part.name}\0{part.digest()}\0".encode("utf-8", "backslashreplace"))
+        names = [part.name for part in self.parts]
+        shown = names if len(names) <= 20 else [*names[:20], f"... {len(names) - 20} more"]
+        return {"files": shown, "n_documents": len(self), "sha256": digest.hexdigest()}
+
+
+def _joined(kinds: set[str]) -> str:
+    if len(kinds) <= 1:
+        return next(iter(kinds), "string")
+    return "double" if kinds <= {"int64", "double"} else "json"

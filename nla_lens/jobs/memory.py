@@ -1,0 +1,139 @@
+"""Documents that are in memory already: texts, chats, dicts, data frames, vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nla_lens.errors import NLAError
+from nla_lens.jobs.corpus import COLUMNS, Document, Part
+
+
+class Listed:
+    """A list of rows, each a text, a chat or a dict with one of the two."""
+
+    def __init__(self, rows: Sequence[Any], column: str | None, name: str = "list") -> None:
+        """Args:
+        rows: The rows.
+        column: Which key of a dict is read.
+        name: What it is called in messages.
+        """
+        self.name, self._rows, self._column = name, rows, column
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Document:
+        row = self._rows[index]
+        return from_record(row, self._column) if isinstance(row, Mapping) else Document(text=row)
+
+    def digest(self) -> str:
+        """See `Part`."""
+        digest = hashlib.sha256()
+        for row in self._rows:
+            digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+        return digest.hexdigest()
+
+
+class Rows:
+    """Vectors, each a document of its own; `[n, d]`."""
+
+    def __init__(self, vectors_ND: Tensor, name: str = "vectors") -> None:
+        """Args:
+        vectors_ND: `[n, d]`.
+        name: What they are called in messages.
+        """
+        self.name, self._vectors_ND = name, vectors_ND
+
+    def __len__(self) -> int:
+        return len(self._vectors_ND)
+
+    def __getitem__(self, index: int) -> Document:
+        return Document(vectors=self._vectors_ND[index : index + 1])
+
+    def digest(self) -> str:
+        """See `Part`."""
+        digest = hashlib.sha256(
+            str((self._vectors_ND.dtype, tuple(self._vectors_ND.shape))).encode()
+        )
+        for part in self._vectors_ND.split(4096):
+            digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def from_record(row: Mapping[str, Any], column: str | None) -> Document:
+    """A document out of a row with named values; what is not read travels along."""
+    name = column or next((c for c in COLUMNS if row.get(c) is not None), None)
+    others = {k: v for k, v in row.items() if k != name}
+    if name is None or row.get(name) is None:
+        wanted = column or " or ".join(COLUMNS)
+        return Document(columns=others, error=f"no {wanted} in this row; it has {', '.join(row)}")
+    value = row[name]
+    if not isinstance(value, (str, list, tuple)):
+        return Document(columns=others, error=f"{name} is {value!r:.60}, not a text or messages")
+    return Document(text=value, columns=others)
+
+
+def open_values(source: Any, column: str | None) -> tuple[list[Part], bool]:
+    """Parts of what is in memory, and whether they are vectors.
+
+    Raises:
+        NLAError: Nothing that could be explained.
+    """
+    if isinstance(source, (Tensor, np.ndarray)):
+        return [Rows(as_rows(torch.as_tensor(source), "vectors"))], True
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):
+        # Not `records` of a frame: numpy's own scalars are no JSON.
+        rows: Any = json.loads(source.to_json(orient="records"))
+        check_column(list(map(str, source.columns)), column, "the data frame")
+        return [Listed(rows, column, "data frame")], False
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise NLAError(
+            f"a {type(source).__name__} is no corpus: pass paths, texts, chats or vectors"
+        )
+    listed = list(source)
+    if listed and all(isinstance(row, (Tensor, np.ndarray)) for row in listed):
+        parts = [torch.as_tensor(row) for row in listed]
+        return [
+            Rows(as_rows(part, f"vectors {i}"), f"vectors {i}") for i, part in enumerate(parts)
+        ], True
+    for i, row in enumerate(listed):
+        if not isinstance(row, (str, Mapping, list, tuple)):
+            raise NLAError(
+                f"document {i} is a {type(row).__name__}; expected a text, a chat or a dict"
+            )
+    if column is not None:
+        check_column(
+            sorted({key for row in listed if isinstance(row, Mapping) for key in row}),
+            column,
+            "the list",
+        )
+    return [Listed(listed, column)], False
+
+
+def check_column(found: Sequence[str], column: str | None, where: object) -> None:
+    """Raises an NLAError where the column to be read is not there."""
+    if column is not None and column not in found:
+        raise NLAError(f"{where} has no column {column!r}; it has {', '.join(found) or 'none'}")
+    if column is None and not set(COLUMNS) & set(found):
+        raise NLAError(
+            f"{where} has no column {' or '.join(map(repr, COLUMNS))}; it has "
+            f"{', '.join(found) or 'none'}; name one: column="
+        )
+
+
+def as_rows(vectors: Tensor, where: object) -> Tensor:
+    """`[n, d]` of vectors with any leading axes.
+
+    Raises:
+        NLAError: No vectors.
+    """
+    if vectors.ndim == 0 or not vectors.is_floating_point():
+        raise NLAError(f"{where}: {vectors.dtype} of shape {tuple(vectors.shape)} are no vectors")
+    return vectors.reshape(-1, vectors.shape[-1])

@@ -1,0 +1,224 @@
+"""From documents to numbered rows: which tokens of each, and their residual vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nla_lens.checkpoints.spec import NLASpec
+from nla_lens.errors import NLAError
+from nla_lens.jobs.corpus import Corpus, Document
+from nla_lens.jobs.positions import Picker, Tokens
+from nla_lens.models.tokens import token_text
+from nla_lens.stream.extraction import Source, encode, read_prompts
+from nla_lens.stream.residual import ResidualTensor
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A document as far as it is known without running a model.
+
+    Attributes:
+        ids: Its token ids; none for vectors.
+        picked: Which of them are explained; for vectors: which rows.
+        error: Why nothing of it can be; it then has one row, which says so.
+    """
+
+    ids: Sequence[int] = ()
+    picked: Sequence[int] = ()
+    error: str | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows it has in the store."""
+        return 1 if self.error is not None else len(self.picked)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to be made.
+
+    Attributes:
+        number: In the whole job.
+        document: Which one.
+        vector: `[d]`, with what is known of it; None where it cannot be explained.
+        error: Why not.
+        before: Tokens between the row before it, or the beginning, and its own.
+        after: Of a document's last row: the tokens behind it.
+    """
+
+    number: int
+    document: int
+    vector: Tensor | None = None
+    error: str | None = None
+    before: Sequence[str] = ()
+    after: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many rows each document has.
+
+    Attributes:
+        starts: Number of each document's first row, and behind the last one the total; int64.
+        n_tokens: Of all documents.
+        failed: The first documents that cannot be explained, and why.
+        n_failed: How many there are.
+    """
+
+    starts: np.ndarray[Any, Any]
+    n_tokens: int
+    failed: dict[int, str]
+    n_failed: int
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in all."""
+        return int(self.starts[-1])
+
+    def documents(self, rows: range) -> range:
+        """The documents that some of these rows belong to."""
+        first, last = np.searchsorted(self.starts, [rows.start, rows.stop - 1], side="right") - 1
+        return range(int(first), int(last) + 1)
+
+
+_MOST_SHOWN: Final = 5
+
+
+class Reader:
+    """Reads the rows of a corpus; the same numbers at every call.
+
+    Attributes:
+        corpus: The documents.
+    """
+
+    def __init__(
+        self, corpus: Corpus, picker: Picker, spec: NLASpec, source: Source | None
+    ) -> None:
+        """Args:
+        corpus: The documents.
+        picker: Which tokens of each.
+        spec: Of the NLA that explains them.
+        source: The model that reads texts; None for vectors.
+        """
+        self.corpus, self._picker, self._spec, self._source = corpus, picker, spec, source
+
+    @cached_property
+    def _to_text(self) -> Any:
+        return token_text(self._need_source().tokenizer)
+
+    def _need_source(self) -> Source:
+        if self._source is None:
+            raise NLAError("the corpus holds texts and no source model was opened")
+        return self._source
+
+    def prepare(self, document: Document) -> Prepared:
+        """What is known of a document before it is run."""
+        if document.error is not None:
+            return Prepared(error=document.error)
+        if document.vectors is not None:
+            width = document.vectors.shape[-1]
+            if width != self._spec.d_model:
+                return Prepared(error=f"width {width} instead of {self._spec.d_model}")
+            return Prepared(picked=range(len(document.vectors)))
+        tokenizer = self._need_source().tokenizer
+        try:
+            ids = encode(tokenizer, document.text)
+            messages = None if isinstance(document.text, str) else document.text
+            tokens = Tokens(ids, _Lazily(ids, self._to_text), messages, tokenizer)
+            return Prepared(ids, self._picker(tokens))
+        except NLAError as error:
+            return Prepared(error=str(error))
+
+    def plan(self) -> Plan:
+        """Looks at every document once; runs no model."""
+        starts, n_tokens, failed, n_failed = [0], 0, dict[int, str](), 0
+        for i, document in enumerate(self.corpus):
+            prepared = self.prepare(document)
+            n_tokens += len(prepared.ids)
+            starts.append(starts[-1] + prepared.n_rows)
+            if prepared.error is not None:
+                n_failed += 1
+                if len(failed) < _MOST_SHOWN:
+                    failed[i] = prepared.error
+        return Plan(np.asarray(starts, dtype=np.int64), n_tokens, failed, n_failed)
+
+    def read(self, rows: range, plan: Plan, batch_size: int | None = None) -> list[Row]:
+        """Some rows, their vectors read in one go.
+
+        Raises:
+            NLAError: A document is not what it was when the plan was made.
+        """
+        prepared = {i: self.prepare(self.corpus[i]) for i in plan.documents(rows)}
+        for i, found in prepared.items():
+            if found.n_rows != plan.starts[i + 1] - plan.starts[i]:
+                raise NLAError(f"document {i} has changed since the job began; begin a new store")
+        wanted: dict[int, list[int]] = {}
+        for i, found in prepared.items():
+            first, last = rows.start - plan.starts[i], rows.stop - plan.starts[i]
+            wanted[i] = [int(k) for k in range(max(first, 0), min(last, found.n_rows))]
+        vectors = self._vectors(prepared, wanted, batch_size)
+        made = []
+        for i, within in wanted.items():
+            for n, k in enumerate(within):
+                number = int(plan.starts[i]) + k
+                error = prepared[i].error
+                vector = None if error is not None else vectors[i][n]
+                if vector is not None and (error := _unfit(vector)) is not None:
+                    vector = None
+                made.append(Row(number, i, vector, error, *self._around(prepared[i], k)))
+        return made
+
+    def _around(self, found: Prepared, k: int) -> tuple[list[str], list[str]]:
+        """The tokens before and behind the k-th that is explained, as far as they are not."""
+        if found.error is not None or not len(found.ids):
+            return [], []
+        begin = found.picked[k - 1] + 1 if k else 0
+        end = found.picked[k] + 1 if k + 1 == len(found.picked) else len(found.ids)
+        before, after = found.ids[begin : found.picked[k]], found.ids[end:]
+        return list(map(self._to_text, before)), list(map(self._to_text, after))
+
+    def _vectors(
+        self, prepared: dict[int, Prepared], wanted: dict[int, list[int]], batch_size: int | None
+    ) -> dict[int, Tensor]:
+        """`[n_i, d]` for each document that has any."""
+        good = [i for i, found in prepared.items() if found.error is None and wanted[i]]
+        if self.corpus.is_vectors:
+            return {i: self.corpus[i].vectors[wanted[i]] for i in good}
+        place = self._spec.place
+        if place is None:
+            raise NLAError("which layer to read is not known; pass layer= to from_pretrained")
+        picked = [[prepared[i].picked[k] for k in wanted[i]] for i in good]
+        ids = [list(prepared[i].ids) for i in good]
+        read = read_prompts(self._need_source(), ids, picked, place, batch_size)
+        return dict(zip(good, read, strict=True))
+
+
+class _Lazily(Sequence[str]):
+    """Texts of tokens, made when a rule looks at them."""
+
+    def __init__(self, ids: Sequence[int], to_text: Any) -> None:
+        self._ids, self._to_text = ids, to_text
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        picked = self._ids[index]
+        return (
+            list(map(self._to_text, picked)) if isinstance(index, slice) else self._to_text(picked)
+        )
+
+
+def _unfit(vector: Tensor) -> str | None:
+    """Why a vector cannot be explained; None where it can."""
+    plain = vector.as_ordinary() if isinstance(vector, ResidualTensor) else vector
+    if not torch.isfinite(plain.float()).all():
+        return "the vector holds NaN or infinity"
+    return None if plain.ne(0).any() else "the vector is all zero"

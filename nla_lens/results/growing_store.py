@@ -1,0 +1,137 @@
+"""The one writer of a store: shards are added, and what is written is never written again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nla_lens.disk.writing import only_writer, write_whole
+from nla_lens.errors import NLAError
+from nla_lens.results.rows import import_arrow, to_table
+from nla_lens.results.store import FORMAT, MANIFEST, VERSION, Store, read_manifest, told
+
+
+class GrowingStore(Store):
+    """A store that a job adds shards to."""
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        about: Mapping[str, Any],
+        *,
+        n_rows: int,
+        n_documents: int,
+        user: Mapping[str, str],
+    ) -> GrowingStore:
+        """Begins a store, or goes on with one that was made with the same.
+
+        Args:
+            path: The folder; made where it is not there.
+            about: What it is made with; values JSON has.
+            n_rows: How many rows it will have when it is finished.
+            n_documents: Of how many documents.
+            user: Names and types of the user's own columns.
+
+        Raises:
+            NLAError: Another store is there, and what differs; or other files.
+        """
+        path = Path(path)
+        wanted = json.loads(json.dumps({**about, "n_rows": n_rows, "n_documents": n_documents}))
+        if (path / MANIFEST).exists():
+            store = cls(path)
+            store.check_same(wanted)
+            return store
+        _check_free(path)
+        manifest = {"format": FORMAT, "version": VERSION, **wanted, "columns": dict(user)}
+        with told(path):
+            path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
+        return cls(path)
+
+    def check_same(self, wanted: Mapping[str, Any]) -> None:
+        """Raises an NLAError that names what a store was made with otherwise."""
+        for key in [*wanted]:
+            if key == "versions":
+                continue
+            if wanted[key] != self.manifest.get(key):
+                where, here, there = _difference(key, wanted[key], self.manifest.get(key))
+                raise NLAError(
+                    f"{self.path} was made with {where}={there!r:.200}, not {here!r:.200}; name "
+                    "another folder, or ask for the same"
+                )
+
+    @staticmethod
+    @contextlib.contextmanager
+    def writing(path: str | Path) -> Iterator[None]:
+        """Held by the one job that writes to a folder; a lock of a job that died is free.
+
+        Raises:
+            NLAError: Another job is writing, or the folder holds something else.
+        """
+        path = Path(path)
+        _check_free(path)
+        with told(path):
+            path.mkdir(parents=True, exist_ok=True)
+        with only_writer(path / ".store"):
+            yield
+
+    @staticmethod
+    def seed_of(path: str | Path) -> int | None:
+        """The seed a store's texts were sampled with; None where there is no store yet."""
+        path = Path(path) / MANIFEST
+        return read_manifest(path).get("seed") if path.exists() else None
+
+    def write(
+        self,
+        first: int,
+        rows: Sequence[Mapping[str, Any]],
+        vectors: Any = None,
+        between: Sequence[Mapping[str, Any]] = (),
+    ) -> Path:
+        """Adds a shard; what belongs to it appears before it, so that none is without.
+
+        Args:
+            first: Number of its first row.
+            rows: As `results.rows.to_row` makes them.
+            vectors: `[n, d]`, where they are kept.
+            between: Tokens that were not explained: `row` and those `before` and `after` it.
+
+        Raises:
+            NLAError: It cannot be written.
+        """
+        arrow = import_arrow()
+        span = range(first, first + len(rows))
+        path = self.path / f"rows-{span[0]:09d}-{span[-1]:09d}.parquet"
+        if vectors is not None:
+            from safetensors.torch import save
+
+            write_whole(self.vectors_path(span), save({"vectors": vectors.contiguous()}))
+        if between:
+            lines = (json.dumps(around, ensure_ascii=False) + "\n" for around in between)
+            write_whole(self.texts_path(span), "".join(lines))
+        table = to_table(rows, self.user)
+        return write_whole(
+            path, lambda file: arrow.parquet.write_table(table, file, compression="zstd")
+        )
+
+
+def _check_free(path: Path) -> None:
+    """Raises an NLAError for a folder that holds something else than a store."""
+    if not path.exists() or (path / MANIFEST).exists():
+        return
+    # A job that died before its manifest was there may have left hidden files.
+    if not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir()):
+        raise NLAError(f"{path} is there already and is no store; name another folder")
+
+
+def _difference(key: str, here: Any, there: Any) -> tuple[str, Any, Any]:
+    """The first place at which two values differ, down through dicts."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        for name in sorted({*here, *there}):
+            if here.get(name) != there.get(name):
+                return _difference(f"{key}.{name}", here.get(name), there.get(name))
+    return key, here, there

@@ -1,0 +1,273 @@
+"""A folder of explanations that others read without us: parquet shards and a manifest.
+
+```
+store/
+  manifest.json                                what it was made with: versions, settings, hashes
+  rows-000000000-000000255.parquet             rows 0 to 255; a shard appears whole or not at all
+  vectors-000000000-000000255.safetensors      `vectors` [256, d], where they were asked for
+  texts-000000000-000000255.jsonl              tokens around them that were not explained
+```
+
+Rows are numbered through the whole job, so a shard's name says what it holds and what is missing
+can be told from a listing. pandas, polars, duckdb and `datasets` read the shards as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from nla_lens.checks import is_int, naming
+from nla_lens.disk.reading import read_json
+from nla_lens.disk.writing import write_whole
+from nla_lens.errors import NLAError
+from nla_lens.results.explanations import Explanations
+from nla_lens.results.page import document, to_page
+from nla_lens.results.rows import (
+    USER_TYPES,
+    import_arrow,
+    schema,
+    to_explanations,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    from torch import Tensor
+
+MANIFEST: Final = "manifest.json"
+FORMAT: Final = "nla_lens.store"
+VERSION: Final = 1
+_SHARD: Final = re.compile(r"rows-(\d{9,})-(\d{9,})\.parquet")
+_OWN: Final = ("format", "version", "n_rows", "n_documents", "columns")
+
+
+def open_store(path: str | Path) -> Store:
+    """Opens a store to read it; a job may go on writing meanwhile.
+
+    Raises:
+        NLAError: No store there, or a damaged one.
+    """
+    return Store(path)
+
+
+class Store:
+    """Explanations in a folder; `nla_lens.explain_corpus` writes one.
+
+    Attributes:
+        path: The folder.
+        manifest: What it was made with.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """See `open_store`."""
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path / MANIFEST)
+        self.user: dict[str, str] = dict(self.manifest["columns"])
+        self.n_rows: int = self.manifest["n_rows"]
+
+    # --- what is there ------------------------------------------------------------------------
+
+    @property
+    def shards(self) -> dict[range, Path]:
+        """Rows and the file that holds them, in order."""
+        found = {}
+        with told(self.path):
+            for path in self.path.iterdir():
+                if match := _SHARD.fullmatch(path.name):
+                    found[range(int(match[1]), int(match[2]) + 1)] = path
+        return dict(sorted(found.items(), key=lambda item: item[0].start))
+
+    def missing(self) -> list[range]:
+        """The stretches of rows that are still to be made."""
+        gaps, at = [], 0
+        for rows in [*self.shards, range(self.n_rows, self.n_rows)]:
+            if rows.start > at:
+                gaps.append(range(at, rows.start))
+            at = max(at, rows.stop)
+        return gaps
+
+    def __len__(self) -> int:
+        return sum(map(len, self.shards))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row is there."""
+        return not self.missing()
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else f"of {self.n_rows}"
+        failed = self.n_failed
+        said = f", {failed} failed" if failed else ""
+        n = self.manifest["n_documents"]
+        return f"Store({str(self.path)!r}, {len(self)} rows ({state}){said}, {n} documents)"
+
+    @property
+    def n_failed(self) -> int:
+        """Rows that hold an error instead of an explanation."""
+        return sum(
+            len(column) - column.null_count
+            for column in (t["error"] for t in self._read(["error"]))
+        )
+
+    def _read(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        parquet = import_arrow().parquet
+        for path in self.shards.values():
+            try:
+                yield parquet.read_table(path, columns=columns, schema=schema(self.user))
+            except (OSError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise NLAError(
+                    f"{path} is damaged ({reason}); remove it, and the same command makes it again"
+                ) from error
+
+    def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows in order, as an arrow table."""
+        arrow = import_arrow()
+        tables = list(self._read(columns))
+        if not tables:
+            whole = schema(self.user)
+            picked = whole if columns is None else [whole.field(name) for name in columns]
+            return arrow.schema(picked).empty_table()
+        return arrow.concat_tables(tables)
+
+    def to_pandas(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """All rows in order, as a data frame.
+
+        Raises:
+            NLAError: pandas is not installed.
+        """
+        try:
+            import pandas  # noqa: F401
+        except ImportError as error:
+            raise NLAError("to_pandas needs pandas: pip install pandas") from error
+        return self.to_arrow(columns).to_pandas()
+
+    def rows(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Rows as dicts, in order; `document=3`, `complete=False` and so on pick some.
+
+        Raises:
+            NLAError: No such column.
+        """
+        unknown = sorted(set(wanted) - set(schema(self.user).names))
+        if unknown:
+            raise NLAError(f"{self.path} has no column {unknown[0]!r}")
+        import pyarrow.compute as pc
+
+        found = []
+        for table in self._read():
+            for name, value in wanted.items():
+                column = table[name]
+                table = table.filter(
+                    pc.is_null(column) if value is None else pc.equal(column, value)
+                )
+            found += table.to_pylist()
+        return found
+
+    def explanations(self, document: int | None = None, **wanted: Any) -> Explanations:
+        """What was said, in order, without the rows that failed.
+
+        Args:
+            document: Of which document; None: of all.
+            **wanted: As in `rows`.
+        """
+        picked = wanted if document is None else {"document": document, **wanted}
+        return Explanations(to_explanations(self.rows(**picked)))
+
+    def vectors(self) -> Tensor:
+        """The vectors, `[n, d]` float32, in the order of the rows.
+
+        Raises:
+            NLAError: They were not kept.
+        """
+        import torch
+        from safetensors.torch import load_file
+
+        paths = [self.vectors_path(rows) for rows in self.shards]
+        if not all(path.is_file() for path in paths):
+            raise NLAError(f"{self.path} holds no vectors; ask for them with vectors=True")
+        return torch.cat([load_file(path)["vectors"] for path in paths])
+
+    def vectors_path(self, rows: range) -> Path:
+        """Where the vectors of a shard are, if they were kept."""
+        return self.path / f"vectors-{rows[0]:09d}-{rows[-1]:09d}.safetensors"
+
+    def about(self) -> str:
+        """A line on what it holds."""
+        failed = f", {self.n_failed} failed" if self.n_failed else ""
+        of = "" if self.complete else f" of {self.n_rows}"
+        nla = self.manifest.get("nla", {})
+        return f"{len(self)}{of} rows{failed} · {nla.get('hook_name', '')}"
+
+    def page(self, *, limit: int | None = None, live: str | None = None) -> str:
+        """The page that `to_html` writes.
+
+        Args:
+            limit: Only the first so many documents.
+            live: See `results.page.to_page`.
+        """
+        between = self._between()
+        documents: dict[int, list[dict[str, Any]]] = {}
+        for row in self.rows():
+            if limit is None or row["document"] < limit:
+                documents.setdefault(row["document"], []).append(row)
+        shown = [
+            document(rows, between=between, columns={name: rows[0][name] for name in self.user})
+            for rows in documents.values()
+        ]
+        return to_page(shown, title=self.path.resolve().name, about=self.about(), live=live)
+
+    def to_html(self, path: str | Path, *, limit: int | None = None) -> Path:
+        """Writes one HTML file that works from disk, everything escaped.
+
+        Args:
+            path: The file.
+            limit: Only the first so many documents.
+        """
+        return write_whole(path, self.page(limit=limit))
+
+    def _between(self) -> dict[int, dict[str, list[str]]]:
+        """Tokens that were not explained, by the row they stand at."""
+        found = {}
+        for rows in self.shards:
+            path = self.texts_path(rows)
+            if path.is_file():
+                for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+                    around = json.loads(line)
+                    found[around.pop("row")] = around
+        return found
+
+    def texts_path(self, rows: range) -> Path:
+        """Where the tokens around a shard's rows are, if there are any."""
+        return self.path / f"texts-{rows[0]:09d}-{rows[-1]:09d}.jsonl"
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Says which folder could not be looked at."""
+    try:
+        yield
+    except OSError as error:
+        raise NLAError(f"{path}: {error.strerror or error}") from error
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A store's manifest, checked.
+
+    Raises:
+        NLAError: Of another format, or damaged.
+    """
+    with naming(f"{path.parent} is no store"):
+        manifest = read_json(path)
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        raise NLAError(f"{path} is not of {FORMAT} version {VERSION}")
+    if not all(is_int(manifest.get(k)) for k in ("n_rows", "n_documents")) or not (
+        isinstance(manifest.get("columns"), dict)
+        and all(kind in USER_TYPES for kind in manifest["columns"].values())
+    ):
+        raise NLAError(f"{path} does not say n_rows, n_documents and columns as a store does")
+    return dict(manifest)
