@@ -61,7 +61,8 @@ class Case:
         subtract: Whether b_dec is taken off the input.
         scaled: Whether latents are in units of the directions' lengths.
         hook_name: Where it must say that it reads.
-        bias: False where the format has no encoder bias of its own.
+        scale: What the input is multiplied by before all else, and the output divided by.
+        least: The one threshold, of latents as they are in the model times the directions' lengths.
     """
 
     source: Path
@@ -70,11 +71,13 @@ class Case:
     subtract: bool
     scaled: bool
     hook_name: str | None
+    scale: float = 1.0
+    least: float | None = None
 
     def encode(self, x_ND: Tensor) -> np.ndarray:
         w = {k: v.double().numpy() for k, v in vars(self.weights).items()}
         out = []
-        for x in x_ND.double().numpy():
+        for x in x_ND.double().numpy() * self.scale:
             x = x - w["b_dec"] if self.subtract else x
             row = []
             for i in range(w["W_dec"].shape[0]):
@@ -87,7 +90,8 @@ class Case:
                 pre = dot + w["b_enc"][i]
                 if self.act == "jumprelu" and pre <= w["threshold"][i]:
                     pre = 0.0
-                row.append(length * max(pre, 0.0))
+                value = length * max(pre, 0.0) / self.scale
+                row.append(0.0 if self.least is not None and value <= self.least else value)
             if self.act == "topk":
                 kept = sorted(range(len(row)), key=lambda i: -row[i])[:K]
                 row = [v if i in kept else 0.0 for i, v in enumerate(row)]
@@ -98,7 +102,7 @@ class Case:
         w_dec = self.weights.W_dec.double().numpy()
         if self.scaled:
             w_dec = w_dec / np.sqrt((w_dec**2).sum(-1, keepdims=True))
-        return acts_NF @ w_dec + self.weights.b_dec.double().numpy()
+        return acts_NF @ w_dec + self.weights.b_dec.double().numpy() / self.scale
 
 
 def _json(path: Path, **values: object) -> None:
@@ -184,23 +188,101 @@ def saelens_before_6(root: Path) -> Case:
     return Case(case.source, case.weights, "topk", True, False, "blocks.3.hook_resid_pre")
 
 
-def gemma_scope(root: Path) -> Case:
-    w, folder = weights(), root / "resid_post" / "layer_12_width_16k_l0_medium"
+GEMMA_SCOPE_2 = {
+    "resid_post": ("model.layers.{}.output", "hook_resid_post"),
+    "attn_out": ("model.layers.{}.self_attn.o_proj.input", "attn.hook_z"),
+    "mlp_out": ("model.layers.{}.post_feedforward_layernorm.output", "hook_mlp_out"),
+}
+"""Folder -> what `config.json` says, and the place (google/gemma-scope-2-4b-pt)."""
+
+
+def gemma_scope(root: Path, kind: str = "resid_post", **cfg: object) -> Case:
+    """As published: the place stands in it twice, and what it is."""
+    w, folder = weights(), root / kind / "layer_12_width_16k_l0_medium"
     folder.mkdir(parents=True)
     names = {"W_enc": "w_enc", "W_dec": "w_dec"}
     stored = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
     save_file({names.get(n, n): getattr(w, n) for n in stored}, folder / "params.safetensors")
-    _json(
-        folder / "config.json",
-        architecture="jump_relu",
-        model_name="gemma-v3-4b-it",
-        hf_hook_point_in="model.layers.12.output",
-    )
-    return Case(folder, w, "jumprelu", False, False, "blocks.12.hook_resid_post")
+    point, place = GEMMA_SCOPE_2[kind.removesuffix("_all")]
+    settings = {
+        "hf_hook_point_in": point.format(12),
+        "hf_hook_point_out": point.format(12),
+        "width": F,
+        "model_name": "google/gemma-3-4b-pt",
+        "architecture": "jump_relu",
+        "l0": 60,
+        "affine_connection": False,
+        "type": "sae",
+        **cfg,
+    }
+    _json(folder / "config.json", **{k: v for k, v in settings.items() if v is not None})
+    return Case(folder, w, "jumprelu", False, False, f"blocks.12.{place}")
 
 
-def sparsify(root: Path) -> Case:
-    w, folder = weights(), root / "layers.7"
+LLAMA_SCOPE = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "hook_mlp_out"}
+
+
+def llama_scope(root: Path, side: str = "R", **cfg: object) -> Case:
+    """fnlp/Llama3_1-8B-Base-LX*-8x: the config above, the weights a level below."""
+    w, folder = weights(), root / f"Llama3_1-8B-Base-L15{side}-8x"
+    (folder / "checkpoints").mkdir(parents=True)
+    save_file(_linear(w, "encoder", "decoder"), folder / "checkpoints" / "final.safetensors")
+    place = f"blocks.15.{LLAMA_SCOPE.get(side, 'hook_mlp_out')}"
+    norm, threshold = 1.4, 0.15
+    settings = {
+        "device": "cuda:0",
+        "seed": 42,
+        "dtype": "torch.bfloat16",
+        "hook_point_in": place,
+        "hook_point_out": place,
+        "use_decoder_bias": True,
+        "apply_decoder_bias_to_pre_encoder": False,
+        "expansion_factor": 8,
+        "d_model": D,
+        "d_sae": F,
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": threshold,
+        "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": {"in": norm, "out": norm},
+        "decoder_exactly_fixed_norm": False,
+        "sparsity_include_decoder_norm": True,
+        "use_glu_encoder": False,
+        "top_k": 50,
+        **cfg,
+    }
+    _json(folder / "hyperparams.json", **{k: v for k, v in settings.items() if v is not None})
+    scaled = settings["sparsity_include_decoder_norm"] is not False
+    scale = math.sqrt(D) / norm
+    return Case(folder, w, "relu", False, scaled, place, scale, threshold)
+
+
+def qwen_scope(root: Path, layers: tuple[int, ...] = (5,), config: bool = True) -> Case:
+    """Qwen/SAE-Res-*: one file a layer beside one config."""
+    folder = root / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"
+    folder.mkdir()
+    for layer in layers:
+        w = weights(seed=layer)
+        state = {"W_enc": _t(w.W_enc), "W_dec": _t(w.W_dec), "b_enc": w.b_enc, "b_dec": w.b_dec}
+        torch.save(state, folder / f"layer{layer}.sae.pt")
+    if config:
+        _json(
+            folder / "config.json",
+            model_type="topk_sae",
+            base_model="Qwen/Qwen3-1.7B-Base",
+            d_model=D,
+            d_sae=F,
+            k=K,
+            num_layers=28,
+            hook_point="resid_post",
+            dtype="float32",
+        )
+    path = folder / f"layer{layers[-1]}.sae.pt"
+    place = f"blocks.{layers[-1]}.hook_resid_post"
+    return Case(path, w, "topk", False, False, place)
+
+
+def sparsify(root: Path, name: str = "layers.7") -> Case:
+    w, folder = weights(), root / name
     folder.mkdir()
     save_file(
         {

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nla_lens import NLAError, ResidPost
-from nla_lens.adapters.sae import Dictionary, load_dictionary
+from nla_lens.adapters.sae import load_dictionary
 
 from . import dictionary_files as files
 
@@ -33,6 +33,15 @@ CASES: dict[str, Callable[[Path], files.Case]] = {
     "saelens-gated": lambda root: files.saelens(root, "gated"),
     "saelens-before-6": files.saelens_before_6,
     "gemma-scope": files.gemma_scope,
+    "gemma-scope-attn": lambda root: files.gemma_scope(root, "attn_out_all"),
+    "gemma-scope-mlp": lambda root: files.gemma_scope(root, "mlp_out"),
+    "llama-scope": files.llama_scope,
+    "llama-scope-attn": lambda root: files.llama_scope(root, "A"),
+    "llama-scope-mlp": lambda root: files.llama_scope(root, "M"),
+    "llama-scope-own-lengths": lambda root: files.llama_scope(
+        root, sparsity_include_decoder_norm=False
+    ),
+    "qwen-scope": files.qwen_scope,
     "sparsify": files.sparsify,
     **{
         kind: lambda root, kind=kind: files.dictionary_learning(root, kind)
@@ -70,7 +79,7 @@ def test_directions_and_biases_are_those_in_the_file(case: files.Case) -> None:
     sae = load_dictionary(case.source)
     assert torch.equal(sae.W_dec, case.weights.W_dec)
     assert torch.equal(sae.W_enc, case.weights.W_enc)
-    assert torch.equal(sae.b_dec, case.weights.b_dec)
+    assert torch.equal(sae.b_dec, case.weights.b_dec / case.scale)
     picked = [31, 3, 4, 3, 39, 0]
     assert torch.equal(sae.rows(picked), case.weights.W_dec[picked])
     # Parts are read from the file itself, not from the mapping.
@@ -260,6 +269,489 @@ def test_what_is_not_read_is_named(
         load_dictionary(case.source)
 
 
+# --- a place or a format that is not known stays unknown ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folder", "place"),
+    [
+        ("layers.7", "blocks.7.hook_resid_post"),
+        ("gpt_neox.layers.7", "blocks.7.hook_resid_post"),
+        ("model.layers.7", "blocks.7.hook_resid_post"),
+        ("transformer.h.7", "blocks.7.hook_resid_post"),
+        ("layers.7.mlp", "blocks.7.hook_mlp_out"),
+        ("layers.7.attention", "blocks.7.hook_attn_out"),
+        ("layers.7.self_attn", "blocks.7.hook_attn_out"),
+        ("h.7.attn", "blocks.7.hook_attn_out"),
+        ("layers.7.attention.dense", None),
+        ("layers.7.self_attn.o_proj", None),
+        ("layers.7.input_layernorm", None),
+        ("layers.7.post_attention_layernorm", None),
+        ("layers.7.mixer", None),
+        ("layers.7.block_sparse_moe", None),
+        ("layers.7.mlp.down_proj", None),
+        ("encoder.layers.7", None),
+        ("vision_model.layers.7", None),
+        ("layers.7_old", None),
+        ("somewhere", None),
+        ("embed_tokens", "hook_embed"),
+        ("embed_in", "hook_embed"),
+    ],
+)
+def test_the_place_of_a_module(folder: str, place: str | None, tmp_path: Path) -> None:
+    case = files.sparsify(tmp_path, folder)
+    assert load_dictionary(case.source).cfg.hook_name == place
+    assert load_dictionary(tmp_path, subfolder=folder).cfg.hook_name == place
+
+
+@pytest.mark.parametrize(
+    ("said", "place"),
+    [
+        ({"submodule_name": "resid_pre_layer_8"}, "blocks.8.hook_resid_pre"),
+        ({"submodule_name": "mlp_out_layer_8"}, "blocks.8.hook_mlp_out"),
+        ({"submodule_name": "attention_out_layer_8"}, "blocks.8.hook_attn_out"),
+        ({"submodule_name": "model.layers.8"}, "blocks.8.hook_resid_post"),
+        ({"submodule_name": "gpt_neox.layers.8.mlp"}, "blocks.8.hook_mlp_out"),
+        ({"submodule_name": "model.layers.8.mlp.down_proj"}, None),
+        ({"submodule_name": "router_layer_8"}, None),
+        ({"submodule_name": "resid_post_layer_9"}, None),  # and layer 8
+        ({"submodule_name": None}, None),
+        ({"submodule_name": 5}, None),
+        ({"layer": "8; DROP"}, None),
+        ({"layer": None}, "blocks.8.hook_resid_post"),
+    ],
+)
+def test_the_place_of_a_submodule(said: dict, place: str | None, tmp_path: Path) -> None:
+    case = files.dictionary_learning(tmp_path, "AutoEncoder")
+    config = json.loads((case.source / "config.json").read_text())
+    config["trainer"] |= said
+    (case.source / "config.json").write_text(json.dumps(config))
+    assert load_dictionary(case.source).cfg.hook_name == place
+
+
+def test_what_reads_the_input_of_a_module_is_one_block_before(tmp_path: Path) -> None:
+    case = files.dictionary_learning(tmp_path, "AutoEncoder")
+    config = json.loads((case.source / "config.json").read_text())
+    config["trainer"]["submodule_name"] = "model.layers.8"
+    for io, place in (("in", "blocks.8.hook_resid_pre"), ("odd", None)):
+        (case.source / "config.json").write_text(json.dumps(config | {"buffer": {"io": io}}))
+        assert load_dictionary(case.source).cfg.hook_name == place
+    (case.source / "config.json").write_text(json.dumps(config | {"buffer": {"io": "in_and_out"}}))
+    with pytest.raises(NLAError, match="transcoder"):
+        load_dictionary(case.source)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "named"),
+    [
+        ({"type": "transcoder"}, "transcoder"),
+        ({"type": "clt", "hf_hook_point_in": "model.layers.{all}.output"}, "clt"),
+        ({"type": "crosscoder"}, "crosscoder"),
+        ({"type": ["sae"]}, "type="),
+        ({"affine_connection": True}, "affine"),
+        (
+            {
+                "type": None,
+                "hf_hook_point_in": "model.layers.12.pre_feedforward_layernorm.output",
+                "hf_hook_point_out": "model.layers.12.post_feedforward_layernorm.output",
+            },
+            "transcoder",
+        ),
+        ({"hf_hook_point_out": "model.layers.13.output"}, "writes"),
+        ({"architecture": "topk"}, "topk"),
+    ],
+)
+def test_gemma_scopes_other_kinds_are_refused(cfg: dict, named: str, tmp_path: Path) -> None:
+    with pytest.raises(NLAError, match=named):
+        load_dictionary(files.gemma_scope(tmp_path, **cfg).source)
+
+
+def test_gemma_scope_without_a_config_goes_by_its_folder(tmp_path: Path) -> None:
+    for kind, (_, place) in files.GEMMA_SCOPE_2.items():
+        case = files.gemma_scope(tmp_path / "x", kind)
+        (case.source / "config.json").unlink()
+        assert load_dictionary(case.source).cfg.hook_name == f"blocks.12.{place}"
+    there = case.source
+    for kind in ("transcoder", "crosscoder_all", "clt"):
+        moved = tmp_path / kind / there.name
+        moved.parent.mkdir()
+        there = there.rename(moved)
+        with pytest.raises(NLAError, match="folder of"):
+            load_dictionary(there)
+    there = there.rename(tmp_path / there.name)
+    assert load_dictionary(there).cfg.hook_name is None
+
+
+def test_a_point_of_gemma_scope_that_is_not_known_is_not_the_stream(tmp_path: Path) -> None:
+    point = "model.vision_tower.layers.12.output"
+    case = files.gemma_scope(tmp_path, hf_hook_point_in=point, hf_hook_point_out=point)
+    place = load_dictionary(case.source).cfg.hook_name
+    assert place == point
+    assert ResidPost.find(place) is None
+
+
+@pytest.mark.parametrize(
+    ("cfg", "named"),
+    [
+        ({"hook_point_in": "blocks.15.ln2.hook_normalized"}, "transcoder"),
+        ({"dataset_average_activation_norm": {"in": 64.0, "out": 3.4}}, "transcoder"),
+        ({"dataset_average_activation_norm": None, "norm_activation": None}, "norm_activation"),
+        ({"dataset_average_activation_norm": {"in": "x"}}, "dataset_average"),
+        ({"dataset_average_activation_norm": {}}, "dataset_average"),
+        ({"dataset_average_activation_norm": {"in": 0.0, "out": 0.0}}, "dataset_average"),
+        ({"norm_activation": "token-wise"}, "token-wise"),
+        ({"act_fn": "batchtopk"}, "batchtopk"),
+        ({"act_fn": None}, "act_fn"),
+        ({"jump_relu_threshold": None}, "jump_relu_threshold"),
+        ({"jump_relu_threshold": -1.0}, "jump_relu_threshold"),
+        ({"use_glu_encoder": True}, "glu"),
+        ({"use_decoder_bias": False}, "use_decoder_bias"),
+        ({"hook_point_in": None, "hook_point_out": None, "side": "TC"}, "transcoder"),
+        ({"d_model": 13}, "shape"),
+    ],
+)
+def test_what_of_llama_scope_is_refused(cfg: dict, named: str, tmp_path: Path) -> None:
+    given = dict(cfg)
+    side = given.pop("side", "R")
+    with pytest.raises(NLAError, match=named):
+        load_dictionary(files.llama_scope(tmp_path, side, **given).source)
+
+
+def test_llama_scopes_threshold_is_in_units_of_the_model(tmp_path: Path) -> None:
+    """Not of the scaled input, where it would be too low by s and let in what is noise."""
+    case = files.llama_scope(tmp_path)
+    w, sae = case.weights, load_dictionary(case.source)
+    normed = torch.relu(X * case.scale @ w.W_enc + w.b_enc) * w.W_dec.norm(dim=-1)
+    on = sae.encode(X) > 0
+    assert torch.equal(on, normed > case.least * case.scale)
+    assert on.sum() < (normed > case.least).sum() < (normed > 0).sum()
+
+
+def test_llama_scope_by_any_of_its_paths(tmp_path: Path) -> None:
+    case = files.llama_scope(tmp_path)
+    weights = case.source / "checkpoints" / "final.safetensors"
+    wanted = load_dictionary(case.source)
+    for source in (weights, weights.parent):
+        assert load_dictionary(source).cfg == wanted.cfg
+    folder = case.source.name
+    for inside in (folder, f"{folder}/checkpoints", f"{folder}/checkpoints/final.safetensors"):
+        assert load_dictionary(tmp_path, subfolder=inside).cfg == wanted.cfg
+    assert load_dictionary(tmp_path, subfolder=folder, filename="checkpoints").cfg == wanted.cfg
+    with pytest.raises(NLAError, match=r"L15R-8x.*subfolder"):
+        load_dictionary(tmp_path)
+    # The place by the name, where the config does not say it.
+    own = files.llama_scope(tmp_path / "m", "M", hook_point_in=None, hook_point_out=None)
+    assert load_dictionary(own.source).cfg.hook_name == "blocks.15.hook_mlp_out"
+
+
+def test_topk_with_a_threshold_is_used_with_the_threshold(tmp_path: Path) -> None:
+    """As the authors' loader does; without one it stays TopK."""
+    case = files.llama_scope(tmp_path, act_fn="topk", top_k=4)
+    assert load_dictionary(case.source).cfg.architecture == "jumprelu"
+    np.testing.assert_allclose(load_dictionary(case.source).encode(X), case.encode(X), atol=2e-6)
+    own = files.llama_scope(tmp_path / "k", act_fn="topk", top_k=4, jump_relu_threshold=0.0)
+    sae = load_dictionary(own.source)
+    assert (sae.cfg.architecture, sae.cfg.k) == ("topk", 4)
+    assert (sae.encode(X) > 0).sum(-1).max() == 4
+
+
+def test_qwen_scope_has_a_file_a_layer(tmp_path: Path) -> None:
+    case = files.qwen_scope(tmp_path, layers=(3, 20))
+    folder = case.source.parent
+    with pytest.raises(NLAError, match=r"several.*layer20.*filename"):
+        load_dictionary(folder)
+    for layer in (3, 20):
+        sae = load_dictionary(folder, filename=f"layer{layer}.sae.pt")
+        assert sae.cfg.hook_name == f"blocks.{layer}.hook_resid_post"
+        assert torch.equal(sae.W_dec, files.weights(seed=layer).W_dec)
+        assert (sae.cfg.k, sae.cfg.model_name) == (files.K, "Qwen/Qwen3-1.7B-Base")
+
+
+def test_qwen_scope_without_its_config(tmp_path: Path) -> None:
+    """The repository's name says k; without either nothing does."""
+    case = files.qwen_scope(tmp_path, config=False)
+    with pytest.raises(NLAError, match="k=50"):  # of 40 latents
+        load_dictionary(case.source.parent)
+    case.source.rename(tmp_path / case.source.name)
+    with pytest.raises(NLAError, match=r"nothing\s+says k"):
+        load_dictionary(tmp_path / case.source.name)
+    config = {"model_type": "topk_sae", "k": files.K, "hook_point": "somewhere"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_dictionary(tmp_path / case.source.name).cfg.hook_name is None
+
+
+@pytest.mark.parametrize(
+    "name", ["final.safetensors", "sae.pt", "model.pt", "layer9.pt", "SAE-length9.pt"]
+)
+def test_four_bare_tensors_prove_no_format(name: str, tmp_path: Path) -> None:
+    state = files._linear(files.weights(), "encoder", "decoder")
+    path = tmp_path / name
+    if name.endswith("pt"):
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    with pytest.raises(NLAError, match=r"prove no format.*format="):
+        load_dictionary(path)
+    sae = load_dictionary(path, format="qresearch")
+    assert (sae.cfg.format, sae.cfg.hook_name) == ("qresearch", None)
+    told = load_dictionary(path, format="QResearch", hook_name="blocks.1.hook_resid_post")
+    assert told.cfg.hook_name == "blocks.1.hook_resid_post"
+    for wrong in ("relu", 7):
+        with pytest.raises(NLAError, match="none of qresearch"):
+            load_dictionary(path, format=wrong)  # type: ignore[arg-type]
+
+
+def test_a_config_that_says_something_else_is_no_qresearch(tmp_path: Path) -> None:
+    case = files.qresearch(tmp_path)
+    (case.source / "config.json").write_text('{"activation": "topk", "k": 50}')
+    with pytest.raises(NLAError, match="prove no format"):
+        load_dictionary(case.source)
+
+
+# --- dictionary_learning without its config, and files that wrappers wrote ----------------------
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "AutoEncoder",
+        "AutoEncoderNew",
+        "MatryoshkaBatchTopKSAE",
+        "JumpReluAutoEncoder",
+        "GatedAutoEncoder",
+    ],
+)
+def test_dictionary_learnings_classes_are_told_by_their_names(kind: str, tmp_path: Path) -> None:
+    case = files.dictionary_learning(tmp_path, kind)
+    (case.source / "config.json").unlink()
+    sae = load_dictionary(case.source)
+    np.testing.assert_allclose(sae.encode(X).numpy(), case.encode(X), atol=2e-6)
+    assert sae.cfg.hook_name is None
+
+
+@pytest.mark.parametrize("kind", ["AutoEncoderTopK", "BatchTopKSAE"])
+def test_two_of_its_classes_are_not(kind: str, tmp_path: Path) -> None:
+    case = files.dictionary_learning(tmp_path, kind)
+    (case.source / "config.json").unlink()
+    with pytest.raises(NLAError, match=r"both AutoEncoderTopK and BatchTopKSAE.*format="):
+        load_dictionary(case.source)
+    sae = load_dictionary(case.source, format=kind)
+    np.testing.assert_allclose(sae.encode(X).numpy(), case.encode(X), atol=2e-6)
+
+
+def test_what_is_missing_of_it_is_named(tmp_path: Path) -> None:
+    case = files.dictionary_learning(tmp_path, "GatedAutoEncoder")
+    (case.source / "config.json").unlink()
+    path = case.source / "ae.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in state.items() if k != "mag_bias"}, path)
+    with pytest.raises(NLAError, match=r"missing \['mag_bias'\]"):
+        load_dictionary(case.source)
+
+
+def test_a_threshold_that_was_never_measured_is_refused(tmp_path: Path) -> None:
+    case = files.dictionary_learning(tmp_path, "BatchTopKSAE")
+    change(case, "threshold", lambda t: torch.tensor(-1.0))
+    with pytest.raises(NLAError, match="never measured"):
+        load_dictionary(case.source)
+
+
+WRAPPED: dict[str, Callable[[dict], dict]] = {
+    "compiled": lambda state: {f"_orig_mod.{k}": v for k, v in state.items()},
+    "parallel": lambda state: {f"module.{k}": v for k, v in state.items()},
+    "both": lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()},
+    "parts": lambda state: {
+        k.replace("encoder.", "encoder._orig_mod."): v for k, v in state.items()
+    },
+    "model": lambda state: {"model": state, "step": 3},
+    "state_dict": lambda state: {"state_dict": WRAPPED["compiled"](state)},
+    "trainer": lambda state: {
+        "model_state_dict": WRAPPED["parallel"](state),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2, 2)}}, "param_groups": []},
+    },
+    "module": lambda state: {f"autoencoder.{k}": v for k, v in state.items()},
+    "deep": lambda state: {"checkpoint": {"model": WRAPPED["module"](state)}},
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("name", ["qresearch", "goodfire", "AutoEncoder", "GatedAutoEncoder"])
+def test_prefixes_and_nests_are_opened(name: str, wrapped: str, tmp_path: Path) -> None:
+    case = CASES[name](tmp_path)
+    folder = case.source if case.source.is_dir() else case.source.parent
+    path = next(p for p in folder.iterdir() if p.suffix in (".pt", ".pth"))
+    state = dict(torch.load(path, weights_only=True))
+    torch.save(WRAPPED[wrapped](state), path)
+    sae = load_dictionary(case.source)
+    np.testing.assert_allclose(sae.encode(X).numpy(), case.encode(X), atol=2e-6)
+    assert sae.cfg.hook_name == case.hook_name
+
+
+def test_of_two_dicts_none_is_chosen(tmp_path: Path) -> None:
+    case = files.qresearch(tmp_path)
+    path = next(case.source.iterdir())
+    state = torch.load(path, weights_only=True)
+    torch.save({"sae": state, "model": state}, path)
+    with pytest.raises(NLAError, match=r"several dicts.*model.*sae"):
+        load_dictionary(case.source)
+    torch.save({**state, **WRAPPED["compiled"](state)}, path)
+    with pytest.raises(NLAError, match="twice"):
+        load_dictionary(case.source)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_floats_are_read_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    case = files.saelens(tmp_path)
+    path = case.source / "sae_weights.safetensors"
+    save_file({k: v.to(dtype) for k, v in load_file(path).items()}, path)
+    sae = load_dictionary(case.source)
+    rounded = case.weights.W_dec.to(dtype).float()
+    assert torch.equal(sae.W_dec, rounded)
+    assert torch.equal(sae.rows([3, 9]), rounded[[3, 9]])
+    assert sae.encode(X).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantized_weights_are_named(dtype: torch.dtype, tmp_path: Path) -> None:
+    case = files.saelens(tmp_path)
+    change(case, "W_dec", lambda t: t.to(dtype))
+    with pytest.raises(NLAError, match=r"W_dec.*quantized"):
+        load_dictionary(case.source)
+
+
+def test_several_files_with_an_index(tmp_path: Path) -> None:
+    case = files.sparsify(tmp_path)
+    whole = load_file(case.source / "sae.safetensors")
+    (case.source / "sae.safetensors").unlink()
+    index = {}
+    for i, (name, tensor) in enumerate(sorted(whole.items())):
+        shard = f"sae-{i + 1:05}-of-00004.safetensors"
+        save_file({name: tensor}, case.source / shard)
+        index[name] = shard
+    path = case.source / "sae.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    sae = load_dictionary(case.source, format="sparsify")
+    assert torch.equal(sae.rows([1, 30]), case.weights.W_dec[[1, 30]])
+    np.testing.assert_allclose(sae.encode(X).numpy(), case.encode(X), atol=2e-6)
+    for wrong, named in (
+        ({**index, "W_dec": "../layers.8/sae.safetensors"}, "beside it"),
+        ({**index, "W_dec": "/etc/passwd"}, "beside it"),
+        ({**index, "W_dec": 7}, "beside it"),
+        ({**index, "W_gone": index["W_dec"]}, "W_gone"),
+        ({**index, "W_dec": "gone.safetensors"}, "gone"),
+        ({}, "weight_map"),
+    ):
+        path.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(NLAError, match=named):
+            load_dictionary(case.source, format="sparsify")
+
+
+# --- SAELens through its versions -----------------------------------------------------------------
+
+
+def resave(case: files.Case, **cfg: object) -> Path:
+    path = case.source / "cfg.json"
+    settings = {**json.loads(path.read_text()), **cfg}
+    path.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    return case.source
+
+
+@pytest.mark.parametrize(
+    ("cfg", "place"),
+    [
+        ({"metadata": None, "hook_name": "blocks.8.hook_resid_pre"}, "blocks.8.hook_resid_pre"),
+        (
+            {"metadata": None, "hook_name": "blocks.{layer}.hook_resid_post", "hook_layer": 4},
+            "blocks.4.hook_resid_post",
+        ),
+        ({"metadata": None, "hook_name": "blocks.{layer}.hook_resid_post"}, None),
+        ({"metadata": None, "hook_point": "blocks.3.hook_mlp_out"}, "blocks.3.hook_mlp_out"),
+        ({"metadata": None}, None),
+        ({"metadata": {}}, None),
+    ],
+)
+def test_where_each_version_says_its_place(cfg: dict, place: str | None, tmp_path: Path) -> None:
+    assert load_dictionary(resave(files.saelens(tmp_path), **cfg)).cfg.hook_name == place
+
+
+_OTHER_KINDS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "temporal", "abstopk")
+_NORMALIZED = ("expected_average_only_in", "constant_norm_rescale", "covariance_whitening", True)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "named"),
+    [
+        *(({"architecture": name}, name) for name in _OTHER_KINDS),
+        ({"architecture": ["standard"]}, "architecture="),
+        ({"architecture": {}}, "architecture="),
+        ({"activation_fn": ["relu"]}, "activation_fn="),
+        ({"activation_fn": "tanh-relu"}, "tanh-relu"),
+        *(({"normalize_activations": name}, str(name)) for name in _NORMALIZED),
+        ({"metadata": {"hook_name": "blocks.2.attn.hook_q", "hook_head_index": 3}}, "head_index=3"),
+        ({"hook_head_index": 0}, "head_index=0"),
+        ({"metadata": {"hook_name": "blocks.2.attn.hook_z"}}, "hook_z"),
+        (
+            {
+                "metadata": {
+                    "hook_name": "blocks.2.hook_mlp_in",
+                    "hook_name_out": "blocks.2.hook_mlp_out",
+                }
+            },
+            "hook_name_out",
+        ),
+        ({"metadata": {"hook_name": 5}}, "hook_name"),
+        ({"metadata": {"hook_name": "blocks.1.hook_resid_post", "model_name": [1]}}, "model_name"),
+        ({"d_in": "12"}, "d_in="),
+        ({"d_in": True}, "d_in="),
+        ({"d_sae": 10**30}, "shape"),
+        ({"sae_type": "sae", "hook_point_in": "blocks.1.hook_resid_post"}, "OpenMOSS"),
+    ],
+)
+def test_what_of_saelens_is_refused(
+    cfg: dict, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nla_lens.adapters.dictionaries.loading._by_sae_lens", lambda folder: None)
+    with pytest.raises(NLAError, match=named):
+        load_dictionary(resave(files.saelens(tmp_path), **cfg))
+
+
+def test_saelens_weights_alone_say_nothing(tmp_path: Path) -> None:
+    case = files.saelens(tmp_path)
+    (case.source / "cfg.json").unlink()
+    with pytest.raises(NLAError, match=r"no cfg\.json"):
+        load_dictionary(case.source)
+
+
+def test_a_threshold_beside_relu_is_contradictory(tmp_path: Path) -> None:
+    case = files.saelens(tmp_path, "jumprelu")
+    with pytest.raises(NLAError, match="threshold"):
+        load_dictionary(resave(case, architecture="standard"))
+
+
+def test_the_logarithm_of_a_threshold(tmp_path: Path) -> None:
+    case = files.saelens(tmp_path, "jumprelu")
+    path = case.source / "sae_weights.safetensors"
+    state = load_file(path)
+    state["log_threshold"] = state.pop("threshold").log()
+    save_file(state, path)
+    np.testing.assert_allclose(load_dictionary(case.source).encode(X), case.encode(X), atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", ["scaling_factor", "finetuning_scaling_factor"])
+def test_a_scale_that_was_not_folded_in_is_refused(
+    scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nla_lens.adapters.dictionaries.loading._by_sae_lens", lambda folder: None)
+    case = files.saelens(tmp_path)
+    path = case.source / "sae_weights.safetensors"
+    state = load_file(path)
+    save_file({**state, scale: torch.ones(files.F)}, path)
+    load_dictionary(case.source)
+    save_file({**state, scale: torch.full((files.F,), 1.5)}, path)
+    with pytest.raises(NLAError, match=scale):
+        load_dictionary(case.source)
+
+
 # --- damaged and hostile files ------------------------------------------------------------------
 
 
@@ -418,25 +910,6 @@ def test_a_folder_of_several_asks_which(tmp_path: Path) -> None:
     with pytest.raises(NLAError, match=r"layers\.7.*subfolder"):
         load_dictionary(tmp_path)
     assert load_dictionary(tmp_path, subfolder="layers.7").cfg.hook_name == case.hook_name
-
-
-def test_a_hub_repository_is_fetched_one_folder_deep(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files.sparsify(tmp_path)
-    asked = {}
-
-    def snapshot(repo: str, **kwargs: object) -> str:
-        asked.update(kwargs, repo=repo)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    sae = load_dictionary("EleutherAI/sae-x", subfolder="layers.7", revision="v1")
-    assert isinstance(sae, Dictionary)
-    assert asked["repo"] == "EleutherAI/sae-x"
-    assert asked["revision"] == "v1"
-    assert "layers.7/*.safetensors" in asked["allow_patterns"]
-    assert asked["ignore_patterns"] == ["layers.7/*/*"]
 
 
 def test_an_object_with_the_three_names_is_taken_as_it_is() -> None:

@@ -15,6 +15,8 @@ from nla_lens.errors import NLAError
 @click.argument("sae")
 @click.option("--latents", help='Which: "7560", "7560,12", "0:64"; default: all.')
 @click.option("--subfolder", help="Which dictionary, where SAE has several.")
+@click.option("--filename", help="Which weights file, where SAE has several.")
+@click.option("--format", "format_name", help="Whose format it is in, where nothing proves one.")
 @click.option("--hook-name", help="Where it reads, where its files do not say, or say it wrongly.")
 @click.option("--out", help="A file of JSON lines; goes on where an earlier run stopped.")
 @click.option("--sign", default=1, show_default=True, help="-1 reads the opposite directions.")
@@ -31,6 +33,8 @@ def features(
     sae: str,
     latents: str | None,
     subfolder: str | None,
+    filename: str | None,
+    format_name: str | None,
     hook_name: str | None,
     out: str | None,
     sign: int,
@@ -45,16 +49,18 @@ def features(
 ) -> None:
     """Say in words what latents of the dictionary SAE stand for.
 
-    SAE is a directory, a weights file or a hub repository: SAELens, Goodfire, qresearch,
-    Gemma Scope 2, sparsify or dictionary_learning. cos compares a latent's direction with what
-    the explanation alone reconstructs.
+    SAE is a directory, a weights file, a hub repository or a folder or file in one: SAELens,
+    Goodfire, qresearch, Gemma Scope 2, Llama Scope, Qwen Scope, sparsify or dictionary_learning.
+    cos compares a latent's direction with what the explanation alone reconstructs.
     """
     from nla_lens.adapters.dictionaries.latents import Latents
     from nla_lens.adapters.sae import explain_features, load_dictionary
 
     if neuronpedia and not (neuronpedia_model and neuronpedia_source):
         raise NLAError("--neuronpedia needs --neuronpedia-model and --neuronpedia-source")
-    dictionary = load_dictionary(sae, subfolder=subfolder, hook_name=hook_name)
+    dictionary = load_dictionary(
+        sae, subfolder=subfolder, filename=filename, hook_name=hook_name, format=format_name
+    )
     chosen = parse_latents(latents, Latents(dictionary).d_sae)
     nla = load_nla(**options)
     found = explain_features(

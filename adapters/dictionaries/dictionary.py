@@ -17,13 +17,15 @@ With x [d] the vector, f [d_sae] the latents and W_dec [d_sae, d] the directions
 
 BatchTopK (arXiv 2412.06410) is jumprelu with one threshold once it is trained. With
 `scale_by_decoder_norm`, f is measured in units of the directions' lengths: f_i = act(pre)_i
-||W_dec_i||, and that is what k is chosen among; decoding divides by it again.
+||W_dec_i||, and that is what k is chosen among and, with `threshold_by_decoder_norm`, what is
+compared with the threshold; decoding divides by it again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -58,6 +60,7 @@ class DictionaryConfig:
         k: With `topk`, how many latents there are at once.
         apply_b_dec_to_input: Whether b_dec is subtracted before encoding.
         scale_by_decoder_norm: Whether latents are in units of the directions' lengths.
+        threshold_by_decoder_norm: Whether the threshold is in those units, too.
     """
 
     format: str
@@ -69,6 +72,16 @@ class DictionaryConfig:
     k: int | None = None
     apply_b_dec_to_input: bool = False
     scale_by_decoder_norm: bool = False
+    threshold_by_decoder_norm: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises:
+        NLAError: The files say a place or a model that is no name.
+        """
+        for name in ("hook_name", "model_name"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise NLAError(f"{name} in the dictionary's config is {value!r:.80}, no name")
 
     @property
     def metadata(self) -> SimpleNamespace:
@@ -201,6 +214,9 @@ class Dictionary:
             magnitude = torch.relu(pre * given["r_mag"].exp() + given["b_mag"])
             return self._scaled(magnitude * (pre + given["b_gate"] > 0))
         pre = pre + given["b_enc"]
+        if cfg.threshold_by_decoder_norm:
+            acts = self._scaled(torch.relu(pre))
+            return acts * (acts > given["threshold"])
         if cfg.architecture == "jumprelu":
             return self._scaled(torch.relu(pre) * (pre > given["threshold"]))
         if cfg.architecture == "topk":
@@ -209,14 +225,14 @@ class Dictionary:
         return self._scaled(torch.relu(pre))
 
     def _scaled(self, acts: Tensor) -> Tensor:
-        return acts * self._lengths() if self.cfg.scale_by_decoder_norm else acts
+        return acts * self._lengths if self.cfg.scale_by_decoder_norm else acts
 
     def decode(self, latents: Tensor) -> Tensor:
         """Vectors `[..., d]` float32 of latents `[..., d_sae]`; reads the active rows alone."""
         flat = latents.detach().to("cpu", torch.float32).reshape(-1, latents.shape[-1])
         active = flat.ne(0).any(0).nonzero()[:, 0].tolist()
         if self.cfg.scale_by_decoder_norm:
-            flat = flat / self._lengths()
+            flat = flat / self._lengths
         out = self.b_dec.expand(len(flat), -1).clone()
         for start in range(0, len(active), _ROWS_AT_ONCE):
             part = active[start : start + _ROWS_AT_ONCE]
@@ -229,6 +245,7 @@ class Dictionary:
 
     __call__ = forward
 
+    @cached_property
     def _lengths(self) -> Tensor:
         """`||W_dec_i||`, `[d_sae]`."""
         return self.W_dec.norm(dim=-1)

@@ -6,15 +6,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from nla_lens.adapters.dictionaries.dictionary import Dictionary, DictionaryConfig, Matrix
-from nla_lens.adapters.dictionaries.stored_tensors import StoredTensor, open_tensors
+from nla_lens.adapters.dictionaries.locate import INDEX
+from nla_lens.adapters.dictionaries.stored_tensors import StoredTensor
+from nla_lens.adapters.dictionaries.tensor_files import open_shards, open_tensors
 from nla_lens.checks import is_int
 from nla_lens.disk import reading
 from nla_lens.errors import NLAError
+
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class UnsupportedDictionaryError(NLAError):
@@ -28,7 +34,7 @@ class Files:
     Attributes:
         folder: Where they are.
         name: What the caller or the hub calls it; layers are named in it.
-        weights: The file with the tensors.
+        weights: The file with the tensors, or the index of several.
         config: The parsed JSON beside it; empty where there is none.
     """
 
@@ -40,6 +46,8 @@ class Files:
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
         """The tensors by name."""
+        if self.weights.name.endswith(INDEX):
+            return open_shards(self.weights, read_json(self.weights))
         return open_tensors(self.weights)
 
 
@@ -53,6 +61,7 @@ def build(
     latents_by: str = "b_enc",
     d_in: Any = None,
     d_sae: Any = None,
+    constants: Mapping[str, float] = MappingProxyType({}),
     **cfg: Any,
 ) -> Dictionary:
     """Puts a dictionary together; orientation is told by the biases, never by which side is longer.
@@ -66,15 +75,18 @@ def build(
         latents_by: The SAELens name of the one that has an entry per latent.
         d_in: Width as the config says it, where it does.
         d_sae: Number of latents as the config says it, where it does.
+        constants: One-dimensional parameters that are one number, from the config.
         **cfg: Further fields of `DictionaryConfig`.
 
     Raises:
         NLAError: A tensor is missing or has another shape.
     """
-    width = only(files, tensors, vectors["b_dec"]).shape[0] if d_in is None else d_in
-    n_latents = only(files, tensors, vectors[latents_by]).shape[0] if d_sae is None else d_sae
+    width = _length(files, tensors, vectors["b_dec"]) if d_in is None else d_in
+    n_latents = _length(files, tensors, vectors[latents_by]) if d_sae is None else d_sae
     if not (is_int(width) and is_int(n_latents) and width > 0 and n_latents > 0):
-        raise NLAError(f"{files.folder} has d_in={width!r} and d_sae={n_latents!r} in its config")
+        raise NLAError(
+            f"{files.folder} has d_in={words(width)} and d_sae={words(n_latents)} in its config"
+        )
     found: dict[str, Tensor] = {}
     for name, stored_name in vectors.items():
         stored = only(files, tensors, stored_name)
@@ -89,6 +101,8 @@ def build(
                 f"[{length}] for {n_latents} latents of width {width}"
             )
         found[name] = stored.whole()
+    # After the rest, which says that there are so many.
+    found |= {name: torch.tensor(value).expand(n_latents) for name, value in constants.items()}
     config = DictionaryConfig(d_in=width, d_sae=n_latents, **cfg)
     return Dictionary(
         config,
@@ -105,10 +119,15 @@ def only(files: Files, tensors: Mapping[str, StoredTensor], name: str) -> Stored
         NLAError: It is missing, or something else.
     """
     if name not in tensors:
-        raise NLAError(f"{files.weights} has no {name}; found {sorted(tensors)[:8]}")
+        raise NLAError(
+            f"{files.weights} has no {name}; found {words(*sorted(tensors)[:8]) or 'nothing'}"
+        )
     tensor = tensors[name]
-    if not tensor.dtype.is_floating_point:
-        raise NLAError(f"{name} in {files.weights} is {tensor.dtype}, expected floating point")
+    if tensor.dtype not in _DTYPES:
+        raise NLAError(
+            f"{name} in {files.weights} is {tensor.dtype}, expected one of "
+            f"{', '.join(str(dtype) for dtype in _DTYPES)}: what is quantized has scales elsewhere"
+        )
     is_matrix = name.endswith(("weight", "enc", "dec")) and not name.startswith("b_")
     expected = 2 if is_matrix else 1
     if len(tensor.shape) != expected and not (expected == 1 and not tensor.shape):
@@ -118,12 +137,28 @@ def only(files: Files, tensors: Mapping[str, StoredTensor], name: str) -> Stored
     return tensor
 
 
+def _length(files: Files, tensors: Mapping[str, StoredTensor], name: str) -> int:
+    shape = only(files, tensors, name).shape
+    return shape[0] if shape else 0
+
+
+def words(*values: Any) -> str:
+    """Values of a config for a message: short, and without what steers a terminal."""
+    return ", ".join(f"{value!r:.80}" for value in values)
+
+
 def find_block(files: Files, pattern: str) -> int | None:
     """The block that a file's or folder's name speaks of; the pattern's one group."""
+    found = find_name(files, pattern)
+    return None if found is None else int(found[1])
+
+
+def find_name(files: Files, pattern: str) -> re.Match[str] | None:
+    """What the name of the file, of its folder, or the one that was given says."""
     for text in (files.weights.name, files.folder.name, files.name):
         match = re.search(pattern, text)
         if match:
-            return int(match[1])
+            return match
     return None
 
 
