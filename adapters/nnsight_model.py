@@ -29,9 +29,11 @@ from torch import Tensor, nn
 
 from nla_lens.adapters.nnsight_remote import explaining
 from nla_lens.adapters.nnsight_run import Recorder
+from nla_lens.engines.local.nnsight_threads import let_threads
 from nla_lens.engines.ndif.source import NDIFSource, open_remote_source
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import blocks_of, text_model, width_of
+from nla_lens.models.passes import OwnPass
 from nla_lens.models.proof import check_stream, say_dropout
 from nla_lens.models.tokens import token_text
 from nla_lens.nla import NLA
@@ -60,6 +62,7 @@ def attach(model: Any, nla: NLA) -> Probe:
     check_stream(stack)
     blocks = list(blocks_of(stack))
     check_fit(nla, d_model=width_of(stack), n_blocks=len(blocks), what=what)
+    let_threads(model)
     envoys = [_envoy_of(model, block) for block in blocks]
     tokenizer = getattr(model, "tokenizer", None)
     recorder = Recorder(
@@ -107,6 +110,7 @@ class NNsightSource:
         self._stack = _text_stack(model)
         check_stream(self._stack)
         say_dropout(self._stack)
+        let_threads(model)
         self.model = model
         self.tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
         if self.tokenizer is None:
@@ -139,7 +143,8 @@ class NNsightSource:
         grown = list(ids)
         ends = find_eos_ids(self.model._module)
         for _ in range(n):
-            out = self.model.trace(torch.tensor([grown]), trace=False)
+            with OwnPass(self.model._module):
+                out = self.model.trace(torch.tensor([grown]), trace=False)
             chosen = int(out.logits[0, -1].float().argmax())
             if chosen in ends:
                 break
@@ -150,7 +155,7 @@ class NNsightSource:
 def block_output(model: Any, ids_BT: Tensor, place: ResidPost) -> Tensor:
     """Output of a block for token ids `[B, T]` without padding; later blocks do not run."""
     block = _envoy_of(model, blocks_of(_text_stack(model))[place.layer])
-    with model.trace(ids_BT) as tracer:
+    with OwnPass(model._module), model.trace(ids_BT) as tracer:
         output = block.output
         resid = (output[0] if isinstance(output, tuple) else output).save()
         tracer.stop()

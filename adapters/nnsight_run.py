@@ -7,6 +7,7 @@ of a generation; a row is counted within the invoke that reads it.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,16 @@ from torch import Tensor, nn
 from nla_lens.nla import NLA
 from nla_lens.stream.origin import Origin, where_of_pass
 from nla_lens.stream.residual import ResidualTensor
+
+
+class _Run(threading.local):
+    """One thread's run.
+
+    Attributes:
+        where_BT3: Rows, positions and tokens of the pass that it is in; None: not known.
+    """
+
+    where_BT3: Tensor | None = None
 
 
 class Recorder:
@@ -34,14 +45,19 @@ class Recorder:
         """
         self.active = True
         self._names, self._nla, self._to_token = names, nla, to_token
-        self._where_BT3: Tensor | None = None
+        self._run = _Run()
 
     @contextlib.contextmanager
     def watching(self, envoy: Any) -> Iterator[None]:
         """Notes token ids and masks of each forward pass, from before the pass begins."""
 
+        run, me = self._run, threading.get_ident()
+        outer = run.where_BT3
+
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._where_BT3 = where_of_pass(args, kwargs)
+            # Not of another thread's pass.
+            if threading.get_ident() == me:
+                run.where_BT3 = where_of_pass(args, kwargs)
 
         if not self.active:
             yield
@@ -51,7 +67,7 @@ class Recorder:
             yield
         finally:
             handle.remove()
-            self._where_BT3 = None
+            run.where_BT3 = outer
 
     def wrap(self, value: Any, path: str, rows: list[int] | None) -> Any:
         """A block's output, its residual stream viewed as a ResidualTensor.
@@ -66,7 +82,7 @@ class Recorder:
         # Nothing else is looked into: under `scan` values are fake tensors.
         if not self.active or path not in self._names or type(value) is not Tensor:
             return value
-        where_BT3 = self._where_BT3
+        where_BT3 = self._run.where_BT3
         if where_BT3 is not None and rows is not None and len(where_BT3) != len(value):
             start, size = rows
             where_BT3 = where_BT3[start : start + size].clone()

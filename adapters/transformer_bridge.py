@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from nla_lens.adapters.transformer_bridge_run import Run
-from nla_lens.engines.local.transformer_lens import hook_output, let_attention_find_its_cache
+from nla_lens.engines.local.transformer_lens import let_attention_find_its_cache, resid_post
 from nla_lens.errors import NLAError
 from nla_lens.models.block_reader import may_cut
-from nla_lens.models.passes import OwnPass
+from nla_lens.models.passes import OwnPass, stack_of, turn
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.nla import NLA
 from nla_lens.stream.explainer import check_fit
@@ -135,7 +135,7 @@ class TransformerLensSource:
 
     def resid(self, ids_BT: Tensor, place: ResidPost) -> Tensor:
         """`[B, T, d]`; blocks after `place.layer` do not run."""
-        return hook_output(self.model, place.name, ids_BT)
+        return resid_post(self.model, place, ids_BT)
 
     @torch.inference_mode()
     def go_on(self, ids: Sequence[int], n: int) -> list[int]:
@@ -167,7 +167,8 @@ def _recording(cls: Any, nla: NLA) -> Callable[..., Any]:
     def run_with_cache(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         _refuse_centred(model)
         run = Run(model, dict(zip(positional, args, strict=False)) | kwargs)
-        with run.watching():
+        # TransformerLens caches whatever passes the model meanwhile, so none of ours may.
+        with turn(stack_of(model)), run.watching():
             output, cache = original(model, *args, **kwargs)
         _wrap_entries(getattr(cache, "cache_dict", cache), model.cfg.n_layers, run, nla)
         return output, cache

@@ -7,6 +7,7 @@ Positions count from each row's first real token, whatever the padding side, a k
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -40,7 +41,12 @@ class Run:
     def watching(self) -> Iterator[None]:
         """Notes token ids as they reach the embedding: after BOS, padding and truncation."""
 
+        me = threading.get_ident()
+
         def hook(module: Any, args: Any, kwargs: Any) -> None:
+            # Not of another thread's pass.
+            if threading.get_ident() != me:
+                return
             found = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
             if found is not None and not found.is_floating_point():
                 self._seen.append(found)

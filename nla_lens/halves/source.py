@@ -7,6 +7,7 @@ from typing import Any
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
+from nla_lens.models.passes import turn
 from nla_lens.models.placement import Placement
 from nla_lens.progress import waiting
 from nla_lens.stream.extraction import Positions, Source, Text, open_source, read_text
@@ -67,8 +68,13 @@ class OwnSource:
             return open_source(model, n_blocks=n_blocks)
         if name is None:
             raise NLAError("the checkpoint does not name its source model; pass model=")
-        if self.loaded is None or (whole and not self.loaded.is_whole):
-            how = {"remote": self._remote, **vars(self._placement)}
-            self.loaded = open_source(name, n_blocks=n_blocks, **how)
-        loaded: Source = self.loaded
+        with turn(self):
+            if self.loaded is None or (whole and not self.loaded.is_whole):
+                how = {"remote": self._remote, **vars(self._placement)}
+                self.loaded = open_source(name, n_blocks=n_blocks, **how)
+            loaded: Source = self.loaded
         return loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a copy holds: the model is loaded again when it is needed."""
+        return {**vars(self), "loaded": None}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -67,6 +66,7 @@ class Verbalizer:
         self.mean_D = mean_D
         self.spec, self.tokenizer, self.engine = spec, tokenizer, engine
         self._prompt = prompt
+        self._texts: dict[int, str] = {}
 
     def __repr__(self) -> str:
         return (
@@ -202,9 +202,11 @@ class Verbalizer:
             return False
         return _CLOSE in self._decode(ids[-2 * len(_CLOSE) :])
 
-    @functools.cached_property
-    def _text_of(self) -> Any:
-        return functools.cache(lambda token: self._decode([token]))
+    def _text_of(self, token: int) -> str:
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self._decode([token])
+        return text
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(

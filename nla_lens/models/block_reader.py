@@ -55,6 +55,10 @@ class BlockReader:
         self._takes_cache_as = cache_keyword(self._stack)
         self._prefix: tuple[list[int], Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy holds: a prefix is soon run again."""
+        return {**vars(self), "_prefix": None}
+
     @torch.inference_mode()
     def read(
         self,

@@ -75,7 +75,10 @@ def merge_adapter(model: Any, path: str | Path, base: str | None = None) -> Any:
         raise NLAError(
             f"{path} is a LoRA adapter; loading it needs peft: pip install 'nla-lens[lora]'"
         ) from error
-    with warnings.catch_warnings():
+    # Late, for it loads torch, which those who only read files do without.
+    from nla_lens.models.passes import turn
+
+    with turn(warnings), warnings.catch_warnings():
         # PEFT only warns where it leaves parts of an adapter out; `_check_fit` is stricter.
         warnings.filterwarnings("ignore", message=".*missing adapter keys.*")
         try:

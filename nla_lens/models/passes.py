@@ -13,11 +13,12 @@ again inside a turn, as where a user's hook explains what it sees.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -62,6 +63,18 @@ class OwnHook:
         return self._act(*args) if self._is_due() else None
 
 
+class _OfAPass(OwnHook):
+    """One that is taken back at the end of a pass."""
+
+    def __reduce__(self) -> Any:
+        """A copy of a model, made by another thread in the middle of a pass, is in no pass."""
+        return OwnHook, (_never, _never)
+
+
+def _never(*_: Any) -> Any:
+    return None
+
+
 class OwnPass:
     """One forward call of ours, as a context; what is hooked in it is taken back at its end.
 
@@ -102,30 +115,33 @@ class OwnPass:
 
     def hook(self, module: nn.Module, act: Callable[..., Any]) -> None:
         """Puts a forward hook on a module."""
-        self._handles.append(module.register_forward_hook(OwnHook(self.acts, act)))
+        self._handles.append(module.register_forward_hook(_OfAPass(self.acts, act)))
 
     def pre_hook(self, module: nn.Module, act: Callable[..., Any]) -> None:
         """Puts a forward pre-hook on a module."""
-        own = OwnHook(self.acts, act)
+        own = _OfAPass(self.acts, act)
         self._handles.append(module.register_forward_pre_hook(own))
 
-    def output_of(self, module: nn.Module, call: Callable[[], Any]) -> Any:
+    def output_of(
+        self, module: nn.Module, call: Callable[[], Any], last: nn.Module | None = None
+    ) -> Any:
         """What a module puts out in this pass; what comes after it does not run.
 
         Args:
             module: The module.
             call: Runs the model.
+            last: The last module to run, if another; `module` is part of it.
 
         Raises:
             NLAError: The module did not run.
         """
         found: list[Any] = []
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(output)
+        def stop(*_: Any) -> None:
             raise _ReachedError
 
-        self.hook(module, hook)
+        self.hook(module, lambda _, args, output: found.append(output))
+        self.hook(last or module, stop)
         try:
             call()
         except Exception:
@@ -145,7 +161,7 @@ class OwnPass:
                 self._entered[module] += by
                 self._n_inside = sum(n > 1 for n in self._entered.values())
 
-            return OwnHook(self._is_current, act)
+            return _OfAPass(self._is_current, act)
 
         self._handles += [
             module.register_forward_pre_hook(step(1), prepend=True),
@@ -210,9 +226,6 @@ class Turns:
         """
         me, ticket = threading.get_ident(), threading.Lock()
         with _shared.guard:
-            if self._owner == me and _here.current is None:
-                # Left behind by a Ctrl-C in the very moment of giving back.
-                self._holders.clear()
             if self._owner == me or not self._holders:
                 self._owner = me
                 self._holders.append(holder)
@@ -227,6 +240,15 @@ class Turns:
 
     def give_back(self, holder: object) -> None:
         """Ends a turn, or the wait for it, and lets the next thread have it."""
+        try:
+            self._leave(holder)
+        # A Ctrl-C in this very moment must not leave others waiting for ever.
+        except BaseException:
+            self._leave(holder)
+            raise
+
+    def _leave(self, holder: object) -> None:
+        """May be called again where it was interrupted."""
         with _shared.guard:
             for held in (self._holders, self._guests):
                 held[:] = [other for other in held if other is not holder]
@@ -236,10 +258,12 @@ class Turns:
             if not self._holders:
                 self._owner = None
                 if self._queue:
-                    self._owner, first, ticket = self._queue.popleft()
-                    self._holders.append(first)
+                    self._owner, first, ticket = self._queue[0]
                     _shared.wanted.pop(self._owner, None)
-                    ticket.release()
+                    with contextlib.suppress(RuntimeError):
+                        ticket.release()
+                    self._holders.append(first)
+                    self._queue.popleft()
 
     def _would_close_a_ring(self, me: int) -> bool:
         turns: Turns | None = self
@@ -248,6 +272,17 @@ class Turns:
                 return True
             turns = _shared.wanted.get(turns._owner)
         return False
+
+
+@contextlib.contextmanager
+def turn(key: Any) -> Iterator[None]:
+    """What is done in it with an object, one thread does at a time."""
+    turns, holder = _turns_of(key), object()
+    try:
+        turns.take(holder)
+        yield
+    finally:
+        turns.give_back(holder)
 
 
 class _Shared:

@@ -14,6 +14,7 @@ from nla_lens.errors import NLAError, told
 from nla_lens.models import cutting
 from nla_lens.models.anatomy import final_norm_name, remove_final_norm, text_model
 from nla_lens.models.lora import adapter_base, merge_adapter
+from nla_lens.models.passes import turn
 from nla_lens.models.small_files import (
     check_config,
     check_generation_config,
@@ -237,13 +238,15 @@ def _quiet_transformers() -> Iterator[None]:
     """Silences the report of unused weights: a reconstructor's lm_head is unused on purpose."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
-    bar = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+    # One at a time: two would each put back what the other had set.
+    with turn(logging):
+        level = logging.get_verbosity()
+        bar = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if bar:
+                logging.enable_progress_bar()

@@ -6,6 +6,7 @@ class comes from, so anyone can add one. Only the adapter of a framework in use 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, Final
@@ -13,6 +14,7 @@ from typing import Any, Final
 from torch import nn
 
 from nla_lens.errors import NLAError
+from nla_lens.models.passes import turn
 from nla_lens.models.wrappers import is_transformers
 from nla_lens.plugins import load_plugin
 from nla_lens.stream.explainer import Explainer, check_nla
@@ -22,6 +24,9 @@ GROUP: Final = "nla_lens.adapters"
 
 class Probe:
     """An NLA attached to a model; also a context manager that detaches at its end.
+
+    Threads may share it: what one records goes on until its own `with` is over, even where another
+    detaches meanwhile.
 
     Attributes:
         model: The model.
@@ -36,6 +41,14 @@ class Probe:
         """
         self.model, self.nla = model, nla
         self._undo: Callable[[], None] | None = undo
+        self._inside: list[int] = []
+
+    def __reduce__(self) -> Any:
+        """Raises an NLAError: what it changed is in this process."""
+        raise NLAError(
+            "a probe belongs to a model in this process and cannot be pickled or copied; send the "
+            "NLA, and attach it where it is used"
+        )
 
     @property
     def attached(self) -> bool:
@@ -43,16 +56,32 @@ class Probe:
         return self._undo is not None
 
     def detach(self) -> None:
-        """Leaves the model as it was; a second call does nothing."""
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo()
+        """Leaves the model as it was; a second call does nothing.
+
+        While other threads are in a `with` of this probe, the last of them to leave does it.
+        """
+        me = threading.get_ident()
+        with turn(Probe):
+            self._inside = [other for other in self._inside if other != me]
+            self._take_back()
 
     def __enter__(self) -> Probe:
+        with turn(Probe):
+            self._inside.append(threading.get_ident())
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.detach()
+        me = threading.get_ident()
+        with turn(Probe):
+            if self._inside:
+                # Some frameworks enter in one thread and leave in another.
+                self._inside.remove(me if me in self._inside else self._inside[-1])
+            self._take_back()
+
+    def _take_back(self) -> None:
+        if not self._inside and self._undo is not None:
+            undo, self._undo = self._undo, None
+            undo()
 
     def __repr__(self) -> str:
         state = "attached to" if self.attached else "detached from"
@@ -85,7 +114,9 @@ def attach(model: Any, nla: Explainer) -> Probe:
             f"attached to models of {sorted(e.name for e in entry_points(group=GROUP))}. Vectors "
             "from anywhere can be given to nla.explain"
         )
-    probe: Probe = adapter.attach(model, nla)
+    # What two threads would find attachable at once, one of them does not.
+    with turn(Probe):
+        probe: Probe = adapter.attach(model, nla)
     return probe
 
 

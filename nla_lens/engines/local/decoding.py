@@ -150,6 +150,10 @@ class Decoder:
         self._forward, self._device = forward, device
         self._prefix: tuple[tuple[int, ...], Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy holds: a prefix is soon run again."""
+        return {**vars(self), "_prefix": None}
+
     def forget_prefix(self) -> None:
         """Drops the kept prefix."""
         self._prefix = None

@@ -16,12 +16,14 @@ from torch import Tensor
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import Job
+from nla_lens.engines.local.nnsight_threads import let_threads
 from nla_lens.engines.local.nnsight_traces import PLAIN, Injection, Places, forced, generate, read
 from nla_lens.engines.local.self_check import Script, check_decoding
 from nla_lens.engines.local.transformers import adapter_blocks
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import width_of
 from nla_lens.models.batching import choose_batch_size, length_batches
+from nla_lens.models.pickling import forget_hooks, make_picklable
 from nla_lens.models.placement import Placement
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_backbone, load_causal_lm, load_tokenizer
@@ -44,8 +46,7 @@ def load_verbalizer(
     tokenizer = load_tokenizer(
         checkpoint.tokenizer_path, trust_remote_code=placement.trust_remote_code
     )
-    wrapped = import_nnsight().TransformersModel(model, task="text-generation", tokenizer=tokenizer)
-    engine = NNsightVerbalizer(wrapped, spec, eos_ids)
+    engine = NNsightVerbalizer(_wrapped(model, tokenizer), spec, eos_ids)
     check_decoding(model, Script.of(model, engine, spec), engine.rehearse, "nnsight", "nnsight")
     return engine
 
@@ -58,7 +59,33 @@ def load_reconstructor(
     model = load_backbone(
         checkpoint.path, n_blocks=n_blocks, base=checkpoint.base, **vars(placement)
     )
-    return NNsightReconstructor(import_nnsight().NNsight(model))
+    return NNsightReconstructor(_wrapped(model))
+
+
+def _wrapped(model: Any, tokenizer: Any = None) -> Any:
+    if tokenizer is None:
+        return import_nnsight().NNsight(model)
+    return import_nnsight().TransformersModel(model, task="text-generation", tokenizer=tokenizer)
+
+
+class _Half:
+    """A half that pickles as its torch module; edits registered on the nnsight model stay behind.
+
+    Attributes:
+        model: The nnsight model.
+    """
+
+    model: Any
+
+    def __getstate__(self) -> dict[str, Any]:
+        tokenizer = getattr(self.model, "tokenizer", None)
+        make_picklable(self.model._module)
+        return {**vars(self), "model": (self.model._module, tokenizer)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, model=_wrapped(*state["model"]))
+        let_threads(self.model)
+        forget_hooks(self.model._module)
 
 
 def import_nnsight() -> Any:
@@ -80,7 +107,7 @@ def import_nnsight() -> Any:
     return nnsight
 
 
-class NNsightVerbalizer:
+class NNsightVerbalizer(_Half):
     """An AV as an nnsight model.
 
     Attributes:
@@ -93,6 +120,7 @@ class NNsightVerbalizer:
         """Raises:
         NLAError: The model has no block 1 for `norm_matched_add`.
         """
+        let_threads(model)
         self.model, self.eos_ids, self._spec = model, eos_ids, spec
         self.places = Places.of(model)
         self._path = self.places.injection(spec)
@@ -159,7 +187,7 @@ class NNsightVerbalizer:
         return None
 
 
-class NNsightReconstructor:
+class NNsightReconstructor(_Half):
     """An AR's backbone as an nnsight model, read at its last block's output.
 
     Attributes:
@@ -168,6 +196,7 @@ class NNsightReconstructor:
     """
 
     def __init__(self, model: Any) -> None:
+        let_threads(model)
         self.model = model
         self.places = Places.of(model)
         self._last = self.places.resid(ResidPost(len(self.places.blocks) - 1))

@@ -7,7 +7,7 @@ which a server does not have; functions and constants of ours are written out in
 
 from __future__ import annotations
 
-import warnings
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from nla_lens.checkpoints.spec import NLASpec
+from nla_lens.engines.local.nnsight_threads import ending_early
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import blocks_of, embedding_of
+from nla_lens.models.passes import OwnPass
 from nla_lens.stream.hook_point import ResidPost
 from nla_lens.stream.injection import NORM_MATCHED_ADD_AT, unit
 
@@ -159,42 +161,40 @@ def generate(
     vectors_BD, seed_list = injection.vectors_BD.contiguous(), [int(seed) for seed in seeds]
     ids_BT = torch.tensor([list(prompt_ids)] * len(vectors_BD))
     n_prompt, n_steps = ids_BT.shape[1], int(options["max_new_tokens"])
-    with warnings.catch_warnings():
-        # nnsight warns of steps that are not made where all rows are over before.
-        warnings.simplefilter("ignore")
-        with model.generate(ids_BT, backend=backend, **options) as tracer:
-            tokens: Any = []
-            tokens.save()
-            output = model.get(path).output
-            there = output[0] if isinstance(output, tuple) else output
-            written = there.clone()
-            if adds:
-                marked = there[:, marker].float()
-                # In two steps, as squares may leave float32's range.
-                most = (
-                    marked.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-                )
-                norm = (marked / most).norm(dim=-1, keepdim=True) * most
-                written[:, marker] = (marked + norm * vectors_BD.to(marked.device)).to(there.dtype)
-            else:
-                written[:, marker] = vectors_BD.to(device=there.device, dtype=there.dtype)
-            model.get(path).output = (
-                (written, *output[1:]) if isinstance(output, tuple) else written
-            )
-            if temperature > 0:
-                generators = [torch.Generator().manual_seed(seed) for seed in seed_list]
-                for _ in tracer.iter[:n_steps]:
-                    logits = model.output.logits
-                    chances = torch.softmax(logits[:, -1].float() / temperature, -1).cpu()
-                    drawn = [
-                        int(torch.multinomial(row, 1, generator=generator))
-                        for row, generator in zip(chances, generators)  # noqa: B905
-                    ]
-                    tokens.append(drawn)
-                    # The argmax that follows picks what was drawn.
-                    logits[range(len(drawn)), -1, drawn] = float("inf")
-            else:
-                tokens.append(tracer.result[:, n_prompt:])
+    with (
+        _turn(model, backend),
+        # A step that is not made, as all rows are over before, is no fault.
+        ending_early(model),
+        model.generate(ids_BT, backend=backend, **options) as tracer,
+    ):
+        tokens: Any = []
+        tokens.save()
+        output = model.get(path).output
+        there = output[0] if isinstance(output, tuple) else output
+        written = there.clone()
+        if adds:
+            marked = there[:, marker].float()
+            # In two steps, as squares may leave float32's range.
+            most = marked.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+            norm = (marked / most).norm(dim=-1, keepdim=True) * most
+            written[:, marker] = (marked + norm * vectors_BD.to(marked.device)).to(there.dtype)
+        else:
+            written[:, marker] = vectors_BD.to(device=there.device, dtype=there.dtype)
+        model.get(path).output = (written, *output[1:]) if isinstance(output, tuple) else written
+        if temperature > 0:
+            generators = [torch.Generator().manual_seed(seed) for seed in seed_list]
+            for _ in tracer.iter[:n_steps]:
+                logits = model.output.logits
+                chances = torch.softmax(logits[:, -1].float() / temperature, -1).cpu()
+                drawn = [
+                    int(torch.multinomial(row, 1, generator=generator))
+                    for row, generator in zip(chances, generators)  # noqa: B905
+                ]
+                tokens.append(drawn)
+                # The argmax that follows picks what was drawn.
+                logits[range(len(drawn)), -1, drawn] = float("inf")
+        else:
+            tokens.append(tracer.result[:, n_prompt:])
     if temperature > 0:
         return torch.tensor(tokens).T
     found: Tensor = tokens[0]
@@ -234,7 +234,7 @@ def write_on(
     """Generates after one prompt, injecting nothing."""
     ids_1T = torch.tensor([list(prompt_ids)])
     n_prompt = ids_1T.shape[1]
-    with model.generate(ids_1T, backend=backend, **options) as tracer:
+    with _turn(model, backend), model.generate(ids_1T, backend=backend, **options) as tracer:
         found = tracer.result[:, n_prompt:].save()
     written: list[int] = found[0].tolist()
     return written
@@ -285,7 +285,7 @@ def read(
 def _read_once(
     model: Any, path: str, ids_BT: Tensor, rows_N: Tensor, at_N: Tensor, *, backend: Any
 ) -> Tensor:
-    with model.trace(input_ids=ids_BT, backend=backend) as tracer:
+    with _turn(model, backend), model.trace(input_ids=ids_BT, backend=backend) as tracer:
         output = model.get(path).output
         there = output[0] if isinstance(output, tuple) else output
         picked = there[rows_N.to(there.device), at_N.to(there.device)].detach().cpu().save()
@@ -299,7 +299,7 @@ def _read_several(model: Any, path: str, traces: list[list[Tensor]], *, backend:
     A server that runs blocks in a process of their own (ndif 0.1.2 does for most users) loses that
     process after the first `tracer.stop()` of a session.
     """
-    with model.session(backend=backend):
+    with _turn(model, backend), model.session(backend=backend):
         found: Any = []
         found.save()
         for ids_BT, rows_N, at_N in traces:
@@ -309,3 +309,8 @@ def _read_several(model: Any, path: str, traces: list[list[Tensor]], *, backend:
                 picked = there[rows_N.to(there.device), at_N.to(there.device)].detach().cpu()
             found.append(picked)
     return found
+
+
+def _turn(model: Any, backend: Any) -> contextlib.AbstractContextManager[Any]:
+    """A pass of ours for a run in this process; servers order theirs themselves."""
+    return OwnPass(model._module) if backend is None else contextlib.nullcontext()

@@ -99,11 +99,14 @@ def enable(model: Any) -> bool:
     suits = input_device(model).type == "cpu" and model.dtype is torch.float32
     if not suits or stack.config._attn_implementation != "sdpa":
         return False
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
     stack.set_attn_implementation(NAME)
     # A model class of its own kind may refuse, by a warning.
     return bool(stack.config._attn_implementation == NAME)
+
+
+# A model that was unpickled asks for it by name.
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def narrowest_window(model: Any) -> int | None:

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -44,6 +45,7 @@ def load_verbalizer(
     text_lm = as_text_lm(text_model(model), model.get_output_embeddings())
     engine = TransformerLensVerbalizer(to_bridge(text_lm, checkpoint), spec, eos_ids)
     settle_caching(engine, text_lm, spec, "transformer_lens", "transformer-lens")
+    engine.loaded_by = load_verbalizer, (checkpoint, spec, placement)
     return engine
 
 
@@ -55,10 +57,37 @@ def load_reconstructor(
     stack = text_model(
         load_backbone(checkpoint.path, n_blocks=n_blocks, base=checkpoint.base, **vars(placement))
     )
-    return TransformerLensReconstructor(to_bridge(as_text_lm(stack), checkpoint))
+    half = TransformerLensReconstructor(to_bridge(as_text_lm(stack), checkpoint))
+    half.loaded_by = load_reconstructor, (checkpoint, spec, placement)
+    return half
 
 
-class TransformerLensVerbalizer(LocalVerbalizer):
+class _Half:
+    """A half that is loaded again where its pickle is opened: TransformerLens' bridges have none.
+
+    Attributes:
+        loaded_by: What loads it, and the arguments.
+    """
+
+    loaded_by: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+
+    def __reduce__(self) -> Any:
+        """Raises an NLAError where it was made by hand."""
+        if self.loaded_by is None:
+            raise NLAError(
+                f"this {type(self).__name__} was not loaded from a checkpoint and cannot be "
+                "pickled: TransformerBridge has no pickle"
+            )
+        return self.loaded_by
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copied as it is, weights that were changed since included."""
+        memo[id(self)] = copied = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+
+class TransformerLensVerbalizer(_Half, LocalVerbalizer):
     """An AV as a TransformerBridge.
 
     Attributes:
@@ -113,7 +142,7 @@ class TransformerLensVerbalizer(LocalVerbalizer):
         return logits_BV
 
 
-class TransformerLensReconstructor:
+class TransformerLensReconstructor(_Half):
     """An AR's backbone as a TransformerBridge, read at its last block's `hook_resid_post`.
 
     Attributes:
@@ -122,7 +151,7 @@ class TransformerLensReconstructor:
 
     def __init__(self, bridge: Any) -> None:
         self.bridge = bridge
-        self._last = ResidPost(bridge.cfg.n_layers - 1).name
+        self._last = ResidPost(bridge.cfg.n_layers - 1)
 
     @torch.inference_mode()
     def last_resid(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -130,20 +159,21 @@ class TransformerLensReconstructor:
         out_ND = torch.empty(len(prompts), self.bridge.cfg.d_model)
         for rows in length_batches([len(p) for p in prompts], torch.device("cpu")):
             ids_BT = torch.tensor([list(prompts[r]) for r in rows])
-            out_ND[rows] = hook_output(self.bridge, self._last, ids_BT)[:, -1].float().cpu()
+            out_ND[rows] = resid_post(self.bridge, self._last, ids_BT)[:, -1].float().cpu()
         return out_ND
 
 
 @torch.inference_mode()
-def hook_output(model: Any, name: str, ids_BT: Tensor) -> Tensor:
-    """What passes a hook point, behind all hooks on it; nothing that comes after it runs.
+def resid_post(model: Any, place: ResidPost, ids_BT: Tensor) -> Tensor:
+    """What passes a block's last hook point, behind all hooks on it; no later block runs.
 
     Not by `run_with_cache`: the hooks that it sets act on other threads' passes, too.
     """
     with OwnPass(model) as own_pass:
         found: Tensor = own_pass.output_of(
-            model.hook_dict[name],
+            model.hook_dict[place.name],
             lambda: model(ids_BT.to(model.cfg.device), return_type=None),
+            last=model.blocks[place.layer],
         )
     return found
 

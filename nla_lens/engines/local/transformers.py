@@ -21,6 +21,7 @@ from nla_lens.models.block_reader import BlockReader
 from nla_lens.models.cache_keyword import cache_keyword
 from nla_lens.models.onednn import ByOneDNN
 from nla_lens.models.passes import OwnPass
+from nla_lens.models.pickling import Pickled
 from nla_lens.models.placement import Placement
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_backbone, load_causal_lm
@@ -69,7 +70,7 @@ def adapter_blocks(checkpoint: Checkpoint, spec: NLASpec) -> int | None:
     return spec.place.n_blocks
 
 
-class TransformersVerbalizer(LocalVerbalizer):
+class TransformersVerbalizer(Pickled, LocalVerbalizer):
     """An AV as a transformers causal LM.
 
     Attributes:
@@ -151,7 +152,7 @@ class TransformersVerbalizer(LocalVerbalizer):
             )
 
 
-class TransformersReconstructor:
+class TransformersReconstructor(Pickled):
     """An AR's backbone as a transformers model without its final norm.
 
     Attributes:

@@ -24,6 +24,7 @@ from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import Job
 from nla_lens.engines.local.nnsight import NNsightReconstructor, NNsightVerbalizer, import_nnsight
+from nla_lens.engines.local.nnsight_threads import let_threads
 from nla_lens.engines.ndif.backend import NDIFBackend, Patience, Traffic
 from nla_lens.engines.ndif.errors import told
 from nla_lens.engines.ndif.results import MOST_BYTES
@@ -123,12 +124,18 @@ class RemoteModel:
         model: An nnsight model without weights.
         key: The server's name of it.
         server: The server.
+        opened: What `open` was asked.
     """
 
     name: str
     model: Any
     key: str
     server: Server
+    opened: tuple[Any, ...] = field(default=(), repr=False)
+
+    def __reduce__(self) -> Any:
+        """Its shape is built again where a pickle is opened."""
+        return RemoteModel.open, self.opened
 
     @classmethod
     def open(
@@ -160,7 +167,8 @@ class RemoteModel:
             reason = " ".join(str(error).split())[:300]
             raise NLAError(f"the shape of {repo} cannot be built: {reason}") from error
         called = name if revision is None else f"{name} (revision {revision})"
-        return cls(called, model, model_key(model, repo, is_local=path is not None), server)
+        key = model_key(model, repo, is_local=path is not None)
+        return cls(called, model, key, server, (name, path, server, tokenizer, revision))
 
     def backend(self) -> Any:
         """What runs one trace."""
@@ -192,7 +200,20 @@ def load_reconstructor(
     return NDIFReconstructor(_open_half(checkpoint, placement, engine))
 
 
-class NDIFVerbalizer(NNsightVerbalizer):
+class _Half:
+    """A half on a server, whose shape is built again where its pickle is opened."""
+
+    remote: RemoteModel
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "model": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, model=state["remote"].model)
+        let_threads(state["remote"].model)
+
+
+class NDIFVerbalizer(_Half, NNsightVerbalizer):
     """An AV on a server.
 
     Attributes:
@@ -224,7 +245,7 @@ class NDIFVerbalizer(NNsightVerbalizer):
         return self.remote.backend()
 
 
-class NDIFReconstructor(NNsightReconstructor):
+class NDIFReconstructor(_Half, NNsightReconstructor):
     """An AR's backbone on a server.
 
     Attributes:

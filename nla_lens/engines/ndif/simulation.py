@@ -8,6 +8,7 @@ from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.schema.request import RequestModel
 
 from nla_lens.engines.ndif.backend import Traffic
+from nla_lens.models.passes import turn
 
 
 class SimulatedBackend(LocalSimulationBackend):
@@ -22,6 +23,8 @@ class SimulatedBackend(LocalSimulationBackend):
 
     def __call__(self, tracer: Any) -> None:
         """Sends to itself, and runs."""
-        self.traffic.requests += 1
-        self.traffic.sent += len(RequestModel.serialize(tracer, compress=True))
-        super().__call__(tracer)
+        # It hides modules of this process for a moment: not two at a time.
+        with turn(SimulatedBackend):
+            self.traffic.requests += 1
+            self.traffic.sent += len(RequestModel.serialize(tracer, compress=True))
+            super().__call__(tracer)
