@@ -74,6 +74,7 @@ class ModelServer:
         mangle: Changes an answer before it is sent.
         key: The API key it wants.
         flag: Whether it was started with the flag that embeddings need.
+        settings: What else it tells of how it was started; vLLM tells it only where there is some.
     """
 
     def __init__(self, kind: str, model: Any, tokenizer: Any, name: str) -> None:
@@ -83,7 +84,9 @@ class ModelServer:
         self.mangle: Callable[[Any], Any] = lambda answer: answer
         self.key: str | None = None
         self.flag = True
+        self.settings: dict[str, Any] = {}
         self.max_len = 512
+        self.settings_path = "/server_info"
         self.models: Any = None
         self._lock = threading.Lock()
         self._http = _HTTP(("127.0.0.1", 0), Handler)
@@ -109,8 +112,20 @@ class ModelServer:
         }
         if path == "/v1/models":
             return 200, self.models or {"object": "list", "data": [card]}
-        if path == "/server_info" and self.kind == "sglang":
-            return 200, {"disable_radix_cache": self.flag, "version": "0.5.23"}
+        if path == self.settings_path and self.kind == "sglang":
+            return 200, {
+                "disable_radix_cache": self.flag,
+                "chunked_prefill_size": -1,
+                "dtype": "auto",
+                "quantization": None,
+                "kv_cache_dtype": "auto",
+                "skip_tokenizer_init": False,
+                "preferred_sampling_params": None,
+                "version": "0.5.23",
+                **self.settings,
+            }
+        if path == "/server_info?config_format=json" and self.kind == "vllm" and self.settings:
+            return 200, {"vllm_config": self.settings}
         return 404, {"detail": "Not Found"}
 
     def post(self, path: str, handler: Handler) -> Answered | None:

@@ -95,6 +95,103 @@ def explains(nla: NLA, n: int = 6, **options: Any) -> Callable[[], Any]:
     return lambda: nla.explain(many(n), **{"max_new_tokens": 4, "score": False, **options})
 
 
+# --- how it was started -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "words"),
+    [
+        ("sglang", {"chunked_prefill_size": 8192}, ["chunked_prefill_size=8192", "size -1"]),
+        ("sglang", {"chunked_prefill_size": 64}, ["chunks", "--disable-radix-cache"]),
+        ("sglang", {"chunked_prefill_size": 2048.0, "disable_radix_cache": False}, ["radix", "it"]),
+        ("sglang", {"skip_tokenizer_init": True}, ["without --skip-tokenizer-init"]),
+        ("sglang", {"enable_tokenizer_batch_encode": True}, ["batch-encode"]),
+        ("sglang", {"preferred_sampling_params": {"min_new_tokens": 9}}, ["min_new_tokens"]),
+        ("sglang", {"preferred_sampling_params": '{"logit_bias": {"1": 2}}'}, ["logit_bias"]),
+        ("sglang", {"dtype": "bfloat16"}, ["bfloat16", "dtype='float32'"]),
+        ("sglang", {"dtype": "half"}, ["float16"]),
+        ("vllm", {"model_config": {"enable_prompt_embeds": False}}, ["--enable-prompt-embeds"]),
+        ("vllm", {"model_config": {"skip_tokenizer_init": True}}, ["--skip-tokenizer-init"]),
+        ("vllm", {"model_config": {"dtype": "torch.bfloat16"}}, ["bfloat16", "dtype='float32'"]),
+    ],
+)
+def test_settings_that_make_answers_wrong(
+    engine: str,
+    settings: dict,
+    words: list[str],
+    serve: Callable[..., ModelServer],
+    load: Callable[..., NLA],
+) -> None:
+    server = serve(engine)
+    server.settings = settings
+    error = refuses(lambda: load(server, dtype="float32"), server.url, *words)
+    assert isinstance(error, NLARemoteError)
+    assert error.cause == "settings"
+    assert server.bodies == [], "something was sent"
+    server.settings_path = "/get_server_info"
+    refuses(lambda: load(server, dtype="float32"), *words)
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "said"),
+    [
+        ("sglang", {"quantization": "fp8"}, "quantization=fp8"),
+        ("sglang", {"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype=fp8_e5m2"),
+        ("sglang", {"speculative_algorithm": "EAGLE"}, "EAGLE"),
+        ("sglang", {"dtype": "bfloat16"}, "computes in bfloat16, not float32"),
+        ("vllm", {"model_config": {"quantization": "awq"}}, "quantization=awq"),
+        ("vllm", {"cache_config": {"cache_dtype": "fp8"}}, "cache_dtype=fp8"),
+        ("vllm", {"model_config": {"logits_processors": ["a.B"]}}, "a.B"),
+        ("vllm", {"speculative_config": {"method": "ngram"}}, "ngram"),
+    ],
+)
+def test_settings_that_round_otherwise_are_said(
+    engine: str,
+    settings: dict,
+    said: str,
+    serve: Callable[..., ModelServer],
+    load: Callable[..., NLA],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = serve(engine)
+    server.settings = settings
+    caplog.set_level(logging.WARNING)
+    nla = load(server)
+    assert [said in words for words in nla.verbalizer.engine.said] == [True]  # type: ignore[attr-defined]
+    assert said in caplog.text
+    assert server.url in caplog.text
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"chunked_prefill_size": None, "dtype": None, "preferred_sampling_params": "{}"},
+        {"chunked_prefill_size": 0, "preferred_sampling_params": {"temperature": 0.7, "top_k": 5}},
+        {"chunked_prefill_size": "x", "dtype": 5, "preferred_sampling_params": "[" * 10_000},
+        {"model_config": {"dtype": "torch.float32"}, "cache_config": {"cache_dtype": "auto"}},
+        {"model_config": [], "cache_config": "x", "speculative_config": None},
+        {"dtype": "float32", "kv_cache_dtype": "float32"},
+    ],
+)
+def test_settings_that_change_nothing_say_nothing(
+    engine: str, settings: dict, serve: Callable[..., ModelServer], load: Callable[..., NLA]
+) -> None:
+    server = serve(engine)
+    server.settings = settings
+    assert load(server).verbalizer.engine.said == ()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_server_that_tells_nothing_is_taken(
+    engine: str, serve: Callable[..., ModelServer], load: Callable[..., NLA]
+) -> None:
+    server = serve(engine)
+    server.settings_path = "/nowhere"
+    assert load(server).verbalizer.engine.said == ()  # type: ignore[attr-defined]
+
+
 # --- the same answers -----------------------------------------------------------------------------
 
 

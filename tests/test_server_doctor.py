@@ -82,6 +82,20 @@ def test_what_stands_in_the_way(server: ModelServer) -> None:
     assert "API key" in look(server)["the server can run it"][1]
 
 
+def test_settings_are_told(server: ModelServer) -> None:
+    vllm = server.kind == "vllm"
+    server.settings = {"cache_config": {"cache_dtype": "fp8"}} if vllm else {"quantization": "fp8"}
+    found = look(server)
+    assert found["its settings"] == (
+        None,
+        f"{'cache_dtype' if vllm else 'quantization'}=fp8: texts may differ",
+    )
+    server.settings = {"chunked_prefill_size": 8192, "model_config": {"skip_tokenizer_init": True}}
+    passed, detail = look(server)["the server can run it"]
+    assert passed is False
+    assert "start it with" in detail
+
+
 def test_answers_of_another_kind(server: ModelServer) -> None:
     def no_log_probs(answer: Any) -> Any:
         for one in answer if isinstance(answer, list) else answer["choices"]:

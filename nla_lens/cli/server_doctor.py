@@ -69,6 +69,7 @@ def _examine(
         return
     longest, n_tokens = loaded.served.max_len, len(prompt.ids)
     yield Finding("the server can run it", True, f"{loaded.served.name} at {server.url}")
+    yield from (Finding("its settings", None, f"{said}: texts may differ") for said in loaded.said)
     yield _length(longest, n_tokens)
     yield _tokens(server, loaded.served.name, tokenizer, prompt)
     yield _embeddings(loaded, prompt)

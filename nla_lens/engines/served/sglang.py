@@ -1,6 +1,7 @@
 """An AV on an SGLang server: `engine="sglang", url="http://host:30000"`. Needs no sglang here.
 
-    python -m sglang.launch_server --model-path MODEL --disable-radix-cache
+    python -m sglang.launch_server --model-path MODEL \\
+        --disable-radix-cache --chunked-prefill-size -1
 
 Never run against a real SGLang: its wheels need CUDA. What is sent, and what is expected back, was
 read in the source of 0.5.23 (srt/entrypoints/http_server.py, srt/managers/tokenizer_manager.py,
@@ -9,6 +10,8 @@ answers as written there.
 
 * The radix cache keys prompts by token ids, and all embeddings count as the same ids: it must be
   off. The server refuses embeddings while it is on; it is asked when an NLA is loaded.
+* Chunked prefill cuts prompts wherever a batch of them is longer than a chunk: it must be off. See
+  `settings` for what else of the server's settings is looked at.
 * `input_ids` are never sent along: they would win over the embeddings, silently.
 * The wrapper of Gemma 3 (srt/models/gemma3_mm.py) ignores embeddings, silently: it is refused.
 * Seeds count only with `--enable-deterministic-inference`; without it a sampled answer cannot be
@@ -17,7 +20,6 @@ answers as written there.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -27,8 +29,7 @@ from torch import Tensor
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import Job
-from nla_lens.engines.served.channel import Channel
-from nla_lens.engines.served.server import Server
+from nla_lens.engines.served.settings import SGLANG_FLAGS, ask_sglang, of_sglang
 from nla_lens.engines.served.verbalizer import Generated, Half, ServedVerbalizer, open_half
 from nla_lens.errors import NLAError, NLARemoteError
 from nla_lens.models.placement import Placement
@@ -44,7 +45,9 @@ _NEUTRAL: Final[Mapping[str, Any]] = {
     "skip_special_tokens": False,
     "no_stop_trim": True,
 }
-_FLAG: Final = "--disable-radix-cache"
+_SENT: Final = frozenset(
+    (*_NEUTRAL, "max_new_tokens", "temperature", "stop_token_ids", "stop", "sampling_seed")
+)
 _BYTES_A_NUMBER: Final = 16
 
 
@@ -64,34 +67,12 @@ def load_verbalizer(
             "embeddings without a word: serve the text model alone (Gemma3ForCausalLM), or use "
             "another engine, or, if the server was patched, pass url=Server(URL, reads_embeds=True)"
         )
-    check_radix_cache(half.server)
+    computes = str(half.rows.dtype).removeprefix("torch.")
+    told = of_sglang(ask_sglang(half.server), half.server, computes, _SENT)
     engine = SGLangVerbalizer(half)
+    engine.say(told)
     engine.probe([spec.injection_token_id])
     return engine
-
-
-def check_radix_cache(server: Server) -> None:
-    """Refuses a server that caches by token ids.
-
-    Raises:
-        NLARemoteError: The cache is on.
-    """
-    with Channel(server.hurried()) as channel:
-        try:
-            settings = channel.get("/server_info")
-        except NLARemoteError as error:
-            if error.cause != "not_found":
-                raise
-            # As it was called before 0.5.4.
-            settings = {}
-            with contextlib.suppress(NLARemoteError):
-                settings = channel.get("/get_server_info")
-    if isinstance(settings, Mapping) and settings.get("disable_radix_cache") is False:
-        raise NLARemoteError(
-            f"the server at {server.url} has its radix cache on, which takes all embeddings for "
-            f"the same prompt: start it with {_FLAG}",
-            cause="settings",
-        )
 
 
 class SGLangVerbalizer(ServedVerbalizer):
@@ -162,7 +143,7 @@ class SGLangVerbalizer(ServedVerbalizer):
         """What SGLang 0.5.23 says where a flag is missing."""
         if "radix" in words:
             return self.error(
-                f"has its radix cache on ({words}): start it with {_FLAG}", "settings"
+                f"has its radix cache on ({words}): start it with {SGLANG_FLAGS}", "settings"
             )
         return None
 

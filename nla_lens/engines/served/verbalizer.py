@@ -10,6 +10,7 @@ gives wrong answers to others, too.
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -29,11 +30,14 @@ from nla_lens.engines import Job
 from nla_lens.engines.served.channel import Channel
 from nla_lens.engines.served.prompt_rows import PromptRows, model_files, open_rows
 from nla_lens.engines.served.server import Served, Server, listed, pick
+from nla_lens.engines.served.settings import Told
 from nla_lens.errors import NLAError, NLARemoteError
 from nla_lens.models.placement import Placement
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_configs
 from nla_lens.stream.injection import replace
+
+_log = logging.getLogger(__name__)
 
 _BYTES_UNDER_WAY: Final = 256 << 20
 _BYTES_A_REQUEST: Final = 32 << 20
@@ -76,6 +80,7 @@ class ServedVerbalizer(ABC):
         server: Where it is.
         served: What it serves.
         rows: The embedding table, of which the prompt's rows are read.
+        said: What of its settings makes its answers others than an engine's here.
     """
 
     engine: str
@@ -84,6 +89,17 @@ class ServedVerbalizer(ABC):
     def __init__(self, half: Half) -> None:
         self.eos_ids, self.server, self.served = half.eos_ids, half.server, half.served
         self.rows = half.rows
+        self.said: tuple[str, ...] = ()
+
+    def say(self, told: Told) -> None:
+        """Keeps and logs what the server's settings mean.
+
+        Raises:
+            NLARemoteError: They make answers wrong.
+        """
+        self.said = told.check(self.server)
+        for words in self.said:
+            _log.warning("the server at %s: %s", self.server.url, words)
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """What enters block 0 for these ids, `[T, d]` float32 on the CPU."""

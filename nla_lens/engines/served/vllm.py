@@ -27,6 +27,7 @@ from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checks import is_int
 from nla_lens.engines import Job
+from nla_lens.engines.served.settings import ask_vllm, of_vllm
 from nla_lens.engines.served.verbalizer import Generated, Half, ServedVerbalizer, open_half
 from nla_lens.errors import NLARemoteError
 from nla_lens.models.placement import Placement
@@ -53,7 +54,9 @@ def load_verbalizer(
 ) -> VLLMVerbalizer:
     """An AV on a vLLM server, which is asked whether it reads this checkpoint's embeddings."""
     half = open_half(checkpoint, spec, placement, url, "vllm")
+    computes = str(half.rows.dtype).removeprefix("torch.")
     engine = VLLMVerbalizer(half)
+    engine.say(of_vllm(ask_vllm(half.server), half.server, computes))
     engine.probe([spec.injection_token_id])
     return engine
 
