@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from nla_lens import NLA, NLAError, extract
 from nla_lens.adapters.dictionaries import features as features_module
 from nla_lens.adapters.dictionaries.latents import Latents
 from nla_lens.adapters.sae import (
+    FeatureExplanation,
     FeatureExplanations,
     NLADictionary,
     decompose,
@@ -492,3 +494,55 @@ def test_the_command(tmp_path: Path) -> None:
     for bad in (["--latents", "x"], ["--latents", "99"], ["--neuronpedia", "n.jsonl"]):
         failed = CliRunner().invoke(cli, ["features", str(path), *bad])
         assert isinstance(failed.exception, NLAError), bad
+
+
+def test_the_command_with_a_name_that_is_markup_and_a_format(tmp_path: Path) -> None:
+    """Brackets in a name are text: `[/b]` ends nothing. What proves no format --format tells."""
+    root = tmp_path / "["
+    root.mkdir()
+    path = dictionary_of_width_128(root).rename(root / "b]own.pt")
+    common = ["features", str(path), "--latents", "2", "--max-new-tokens", "4"]
+    failed = CliRunner().invoke(cli, common)
+    assert "format=" in str(failed.exception)
+    run = CliRunner().invoke(cli, [*common, "--format", "qresearch"])
+    assert run.exit_code == 0, run.output
+    assert "[/b]own.pt" in "".join(line.strip() for line in run.output.split("\n"))
+    assert "unknown_place" in run.output
+
+
+GOOD = {"index": 3, "text": "a", "norm": 1.0, "token_ids": [1, 2], "flags": ["x"]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"index": True},
+        {"index": "3"},
+        {"index": 3.0},
+        {"index": None},
+        {"norm": "1"},
+        {"norm": True},
+        {"text": None},
+        {"complete": 1},
+        {"token_ids": [1, "2"]},
+        {"token_ids": [True]},
+        {"token_ids": [[1]]},
+        {"flags": [1]},
+        {"flags": "x"},
+        {"samples": [7]},
+        {"samples": [{"index": True}]},
+        {"distance": "far"},
+        {"shifted_text": ["a"]},
+        {"sign": False},
+    ],
+)
+def test_records_of_other_types_are_named(wrong: dict) -> None:
+    assert FeatureExplanation.from_dict(GOOD).index == 3
+    with pytest.raises(NLAError):
+        FeatureExplanation.from_dict({**GOOD, **wrong})
+
+
+@pytest.mark.parametrize("record", [None, 3, "x", [], [GOOD]])
+def test_what_is_no_record_is_named(record: Any) -> None:
+    with pytest.raises(NLAError, match="expected an object"):
+        FeatureExplanation.from_dict(record)

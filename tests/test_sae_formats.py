@@ -927,6 +927,20 @@ def test_an_object_with_the_three_names_is_taken_as_it_is() -> None:
         load_dictionary(own, hook_name="blocks.1.hook_resid_post")
 
 
+def test_an_object_that_writes_elsewhere_is_refused() -> None:
+    """A transcoder of sae-lens has the three names, too."""
+
+    def of(**metadata: str) -> SimpleNamespace:
+        verbs = {"encode": torch.relu, "decode": torch.relu}
+        cfg = SimpleNamespace(metadata=SimpleNamespace(**metadata))
+        return SimpleNamespace(W_dec=torch.ones(3, 4), cfg=cfg, **verbs)
+
+    place = "blocks.1.hook_resid_post"
+    load_dictionary(of(hook_name=place, hook_name_out=place))
+    with pytest.raises(NLAError, match="transcoder"):
+        load_dictionary(of(hook_name="blocks.1.hook_mlp_in", hook_name_out="blocks.1.hook_mlp_out"))
+
+
 def test_dictionaries_need_none_of_the_tools() -> None:
     code = (
         "import sys, nla_lens.adapters.sae, nla_lens.adapters.dictionaries.command;"

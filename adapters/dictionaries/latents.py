@@ -133,6 +133,12 @@ def check_dictionary(source: Any) -> None:
             f"a {type(source).__name__} is no dictionary: it has no {', '.join(missing)}; give a "
             "directory, a hub repository, or an object with W_dec [d_sae, d], encode and decode"
         )
+    place, out = _said(source, "hook_name"), _said(source, "hook_name_out")
+    if out not in (None, place):
+        raise NLAError(
+            f"a {type(source).__name__} that reads {place} and writes {out} is a transcoder: its "
+            "directions are not in the space it reads"
+        )
     if source.W_dec.ndim != 2:
         raise NLAError(f"W_dec has shape {tuple(source.W_dec.shape)}, expected [d_sae, d]")
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
 from nla_lens.results.columns import Column
 from nla_lens.results.display import to_html
@@ -117,11 +118,19 @@ class Explanation:
         Raises:
             NLAError: A key is missing, or a value is of another type than `to_dict` writes.
         """
+        if not isinstance(values, Mapping):
+            raise NLAError(f"a record is {values!r:.80}; expected an object")
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         for name, value in known.items():
-            if not isinstance(value, cls.TYPES[name]):
+            # A truth value is an int to Python, and no position.
+            as_number = isinstance(value, bool) and bool not in cls.TYPES[name]
+            if as_number or not isinstance(value, cls.TYPES[name]):
                 expected = " or ".join(kind.__name__ for kind in cls.TYPES[name])
                 raise NLAError(f"{name} is {value!r:.80}; expected {expected}")
+        if not all(map(is_int, known.get("token_ids", ()))):
+            raise NLAError(f"token_ids is {known['token_ids']!r:.80}; expected integers")
+        if not all(isinstance(flag, str) for flag in known.get("flags", ())):
+            raise NLAError(f"flags is {known['flags']!r:.80}; expected names")
         if missing := [name for name in cls.NEEDED if name not in known]:
             raise NLAError(f"{missing[0]} is missing")
         known["flags"] = tuple(known.get("flags", ()))
