@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nla_lens.checkpoints.spec import NLASpec
     from nla_lens.errors import NLAError, NLARemoteError, NLAWarning
+    from nla_lens.evaluation.evaluate import evaluate
+    from nla_lens.evaluation.examine import examine
     from nla_lens.jobs.running import explain_corpus
     from nla_lens.nla import NLA
     from nla_lens.results.explanation import Explanation
@@ -39,6 +41,8 @@ __all__ = [
     "ResidualTensor",
     "Store",
     "attach",
+    "evaluate",
+    "examine",
     "explain_corpus",
     "extract",
     "open_store",
@@ -56,6 +60,8 @@ _HOMES = {
     "ResidualTensor": "stream.residual",
     "Store": "results.store",
     "attach": "stream.frameworks",
+    "evaluate": "evaluation.evaluate",
+    "examine": "evaluation.examine",
     "explain_corpus": "jobs.running",
     "extract": "stream.extraction",
     "open_store": "results.store",

@@ -27,6 +27,7 @@ ROOMS: list[set[str]] = [
     {"nla_lens.halves"},
     {"nla_lens.nla"},
     {"nla_lens.jobs"},
+    {"nla_lens.evaluation"},
     {"nla_lens"},
     {"nla_lens.cli"},
     {"nla_lens.adapters"},

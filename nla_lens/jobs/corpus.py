@@ -82,6 +82,10 @@ class Corpus(Sequence[Document]):
         named = user_columns(kinds)
         return {name: (named[name], _joined(found - {""})) for name, found in kinds.items()}
 
+    def first(self, n: int) -> Corpus:
+        """The first n documents."""
+        return Corpus(self.parts, is_vectors=self.is_vectors, limit=n)
+
     def __len__(self) -> int:
         return self._n
 

@@ -212,6 +212,33 @@ def _safetensors(path: Path) -> list[Part]:
     ]
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table: parquet or JSON lines.
+
+    Raises:
+        NLAError: It cannot be read; names the line.
+    """
+    if path.suffix == ".parquet":
+        arrow = import_arrow()
+        try:
+            found: list[dict[str, Any]] = arrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise NLAError(f"{path} cannot be read as parquet: {_first(error)}") from error
+        return found
+    records = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise NLAError(f"{path} cannot be read: {error.strerror or error}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                records.append(_record(line))
+            except ValueError as error:
+                raise NLAError(f"{path}, line {number}: {error}") from error
+    return records
+
+
 _VECTORS: Final[dict[str, Callable[[Path], list[Part]]]] = {
     ".npy": _npy,
     ".safetensors": _safetensors,

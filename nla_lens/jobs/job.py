@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
+
+import numpy as np
 
 from nla_lens.errors import NLAError
 from nla_lens.halves.explaining import Options, explain_batch
@@ -74,6 +76,14 @@ class Job:
         job = cls(nla, reader, plan, wishes, **more)
         job.report_failures()
         return job
+
+    def within(self, budget: int) -> Job:
+        """The same over the first documents: at most `budget` rows, and at least a document."""
+        n = int(np.searchsorted(self.plan.starts, budget, side="right")) - 1
+        if n >= len(self.reader.corpus):
+            return self
+        reader = self.reader.over(self.reader.corpus.first(max(1, n)))
+        return replace(self, reader=reader, plan=reader.plan())
 
     def report_failures(self) -> None:
         """Says which documents cannot be explained.

@@ -109,6 +109,10 @@ class Reader:
         """
         self.corpus, self._picker, self._spec, self._source = corpus, picker, spec, source
 
+    def over(self, corpus: Corpus) -> Reader:
+        """The same of another corpus."""
+        return Reader(corpus, self._picker, self._spec, self._source)
+
     @cached_property
     def _to_text(self) -> Any:
         return token_text(self._need_source().tokenizer)
@@ -174,6 +178,13 @@ class Reader:
                     vector = None
                 made.append(Row(number, i, vector, error, *self._around(prepared[i], k)))
         return made
+
+    def read_so_far(self, ids: Sequence[int], position: int | None) -> str | None:
+        """The text up to a token, itself included; None where that is not known."""
+        if not len(ids) or position is None:
+            return None
+        tokenizer = self._need_source().tokenizer
+        return str(tokenizer.decode(list(ids[: position + 1]), skip_special_tokens=True))
 
     def _around(self, found: Prepared, k: int) -> tuple[list[str], list[str]]:
         """The tokens before and behind the k-th that is explained, as far as they are not."""

@@ -36,6 +36,8 @@ _SET: Final[dict[Kind, dict[str, Any]]] = {
     "place": {"justify": "right", "style": "dim"},
     "token": {"style": "bold cyan", "no_wrap": True},
     "text": {"ratio": 1, "overflow": "fold"},
+    "plain": {},
+    "verdict": {},
     "number": {"justify": "right"},
     "score": {"justify": "right"},
     "flags": {"style": "yellow"},
@@ -59,9 +61,12 @@ def _cell(kind: Kind, value: Any) -> Text:
         return Text("")
     if kind == "token":
         return Text(repr(value)[1:-1])
+    if kind == "verdict":
+        return Text(value, style=_VERDICTS.get(value, ""))
     return _harmless(" ".join(value) if kind == "flags" else str(value))
 
 
+_VERDICTS: Final = {"held": "green", "fell short": "red", "not measured": "dim"}
 _STYLES: Final = {"good": "green", "fair": "yellow", "poor": "red"}
 
 

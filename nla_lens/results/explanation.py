@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
+from nla_lens.results.claim import Claim
 from nla_lens.results.columns import Column
 from nla_lens.results.display import to_html
 
@@ -37,6 +38,8 @@ class Explanation:
         hook_name: Where in the model it was read.
         flags: Machine-readable warnings, see `nla_lens.results.flags`.
         samples: With num_samples > 1 all of them, best reconstruction first.
+        claims: Its sentences and quotations, where `nla_lens.examine` looked at them.
+        trust: Probability that it names nothing wrong; None without a calibration.
     """
 
     TYPES: ClassVar[Mapping[str, tuple[type, ...]]] = {
@@ -54,6 +57,8 @@ class Explanation:
         "hook_name": (str, NoneType),
         "flags": (list,),
         "samples": (list,),
+        "claims": (list,),
+        "trust": (*NUMBER, NoneType),
     }
     """What `to_dict` writes."""
     NEEDED: ClassVar[Sequence[str]] = ("text", "raw_text", "token_ids", "complete", "norm")
@@ -82,6 +87,8 @@ class Explanation:
     hook_name: str | None = None
     flags: tuple[str, ...] = ()
     samples: tuple[Explanation, ...] = field(default=(), repr=False)
+    claims: tuple[Claim, ...] = field(default=(), repr=False)
+    trust: float | None = None
 
     @property
     def label(self) -> str | None:
@@ -104,11 +111,16 @@ class Explanation:
             about.append(f"flags={list(self.flags)}")
         return f"Explanation({', '.join(about)})"
 
+    def with_claims(self, claims: Sequence[Claim]) -> Self:
+        """The same, with its claims."""
+        return replace(self, claims=tuple(claims))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         as_dict = asdict(self)
         as_dict["flags"] = list(self.flags)
         as_dict["samples"] = [sample.to_dict() for sample in self.samples]
+        as_dict["claims"] = [claim.to_dict() for claim in self.claims]
         return as_dict
 
     @classmethod
@@ -135,6 +147,7 @@ class Explanation:
             raise NLAError(f"{missing[0]} is missing")
         known["flags"] = tuple(known.get("flags", ()))
         known["samples"] = tuple(cls.from_dict(s) for s in known.get("samples", ()))
+        known["claims"] = tuple(Claim.from_dict(c) for c in known.get("claims", ()))
         return cls(**known)
 
     def _repr_html_(self) -> str:
