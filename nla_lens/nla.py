@@ -19,6 +19,7 @@ from nla_lens.errors import NLAError
 from nla_lens.halves.explaining import Options, explain_batch
 from nla_lens.halves.loading import Request, load_halves
 from nla_lens.halves.reconstructor import Reconstructor, check_texts
+from nla_lens.halves.saving import Saveable
 from nla_lens.halves.source import OwnSource
 from nla_lens.halves.verbalizer import Verbalizer
 from nla_lens.models.placement import Placement
@@ -30,7 +31,7 @@ from nla_lens.stream.extraction import Positions, Source, Text
 from nla_lens.stream.vectors import VectorBatch, VectorsLike, check_vectors
 
 
-class NLA:
+class NLA(Saveable):
     """A natural language autoencoder: a verbalizer and, where there is one, a reconstructor.
 
     >>> nla = NLA.from_pretrained("tiny")

@@ -184,6 +184,17 @@ def nearest(files: frozenset[str], folder: str, *names: str) -> str | None:
     return None
 
 
+def check_repo(repo: object) -> None:
+    """Refuses what is not the name of a repository.
+
+    Raises:
+        NLAError: Not owner/name.
+    """
+    named = HubFolder.parse(repo) if isinstance(repo, str) else None
+    if named is None or named.folder:
+        raise NLAError(f"{repo!r:.200} is not the name of a hub repository: owner/name")
+
+
 def push(
     folder: Path, repo: str, *, token: str | bool | None, private: bool | None, message: str
 ) -> str:
@@ -197,8 +208,7 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    if not isinstance(repo, str) or HubFolder.parse(repo) != HubFolder(repo):
-        raise NLAError(f"{repo!r:.200} is not the name of a hub repository: owner/name")
+    check_repo(repo)
     api: Any = HfApi(token=token, library_name=_LIBRARY)
     try:
         api.create_repo(repo, private=private, exist_ok=True)

@@ -112,6 +112,7 @@ class NNsightVerbalizer(_Half):
 
     Attributes:
         model: The nnsight model.
+        hf_model: The transformers model in it; what is written when an NLA is saved.
         places: Where things are in it.
         eos_ids: See `VerbalizerEngine`.
     """
@@ -122,6 +123,7 @@ class NNsightVerbalizer(_Half):
         """
         let_threads(model)
         self.model, self.eos_ids, self._spec = model, eos_ids, spec
+        self.hf_model: Any = model._module
         self.places = Places.of(model)
         self._path = self.places.injection(spec)
 
@@ -192,12 +194,14 @@ class NNsightReconstructor(_Half):
 
     Attributes:
         model: The nnsight model.
+        hf_model: The transformers model in it; what is written when an NLA is saved.
         places: Where things are in it.
     """
 
     def __init__(self, model: Any) -> None:
         let_threads(model)
         self.model = model
+        self.hf_model: Any = model._module
         self.places = Places.of(model)
         self._last = self.places.resid(ResidPost(len(self.places.blocks) - 1))
 

@@ -75,12 +75,13 @@ class TransformersVerbalizer(Pickled, LocalVerbalizer):
 
     Attributes:
         model: The causal LM, frozen.
+        hf_model: The same; what is written when an NLA is saved.
         eos_ids: See `VerbalizerEngine`.
     """
 
     def __init__(self, model: Any, spec: NLASpec) -> None:
         super().__init__(model, input_device(model), find_eos_ids(model))
-        self.model = model
+        self.model = self.hf_model = model
         self._rule, self._family = spec.injection, model.config.model_type
         self._place = injection_module(model, spec)
         self._by_onednn = ByOneDNN(model)
@@ -157,11 +158,12 @@ class TransformersReconstructor(Pickled):
 
     Attributes:
         model: The truncated backbone, frozen.
+        hf_model: The same; what is written when an NLA is saved.
         reader: Reads its last block.
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model = self.hf_model = model
         self.reader = BlockReader(model, len(blocks_of(model)) - 1)
 
     def last_resid(self, prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -222,6 +222,8 @@ class NDIFVerbalizer(_Half, NNsightVerbalizer):
 
     def __init__(self, remote: RemoteModel, spec: NLASpec, eos_ids: frozenset[int]) -> None:
         super().__init__(remote.model, spec, eos_ids)
+        # A shape without weights.
+        self.hf_model = None
         self.remote = remote
 
     @property
@@ -254,6 +256,8 @@ class NDIFReconstructor(_Half, NNsightReconstructor):
 
     def __init__(self, remote: RemoteModel) -> None:
         super().__init__(remote.model)
+        # A shape without weights.
+        self.hf_model = None
         self.remote = remote
 
     @property
