@@ -91,12 +91,13 @@ find-redis:
 bench: .venv/.test  ## measure speed and memory next to what a user would do otherwise: some 20 minutes
 	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/run.py --out benchmarks/results/cpu.txt
 
-# Each constraints/NAME.in says what is to be resolved and, in its line `# uv:`, for which Python.
-constraints: export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# Each constraints/NAME.in says what is to be resolved and, in its line `# uv:`, for which Python. vLLM
+# for the CPU asks for torch's CPU build, which is among the links; elsewhere those would be pinned to it.
 constraints: .venv-constraints/.uv  ## renew constraints/*.txt from constraints/*.in: a minute or two
 	@set -e; for given in constraints/*.in; do \
 	  echo "Resolving $$given"; \
-	  .venv-constraints/bin/uv pip compile "$$given" $$(sed -n 's/^# uv: //p' "$$given") --quiet \
+	  case $$given in *vllm*) links=$$PIP_FIND_LINKS;; *) links=;; esac; \
+	  UV_FIND_LINKS=$$links .venv-constraints/bin/uv pip compile "$$given" $$(sed -n 's/^# uv: //p' "$$given") --quiet \
 	    --no-header --no-annotate --no-emit-package nla-lens --output-file .venv-constraints/resolved.txt --upgrade; \
 	  { sed -n '/^# uv: /q; p' "$$given"; grep -vE $(LEFT_OUT) .venv-constraints/resolved.txt; } \
 	    > .venv-constraints/renewed.txt; \
