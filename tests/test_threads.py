@@ -497,6 +497,32 @@ def test_tokens_are_those_of_the_probed_run(bridge: Any, nla: NLA) -> None:
             handle.remove()
 
 
+@pytest.mark.parametrize("framework", ["transformer_lens", "nnsight"])
+def test_an_nla_spliced_into_one_threads_pass(
+    framework: str, load: Callable[..., NLA], source_dir: Any, request: pytest.FixtureRequest
+) -> None:
+    from nla_lens.adapters.sae import run_with_nla
+
+    nla, name = load("transformers", "replace"), str(source_dir("llama"))
+    if framework == "nnsight":
+        nnsight = pytest.importorskip("nnsight")
+        model = nnsight.TransformersModel(name, task="text-generation", dispatch=True)
+    else:
+        model = request.getfixturevalue("bridge")
+    ids = torch.tensor([nla.verbalizer.prompt_ids[:7]])
+
+    def spliced() -> Any:
+        found = run_with_nla(model, ids, nla, positions=-1, options={"max_new_tokens": 3})
+        return found if isinstance(found, Tensor) else found.logits
+
+    @torch.no_grad()
+    def mine() -> Any:
+        return model(ids) if framework == "transformer_lens" else model._module(ids).logits
+
+    assert plain(spliced()) != plain(mine())
+    assert_as_alone([spliced, mine, mine], 30)
+
+
 def test_probed_traces_of_nnsight(nla: NLA, source_dir: Any) -> None:
     nnsight = pytest.importorskip("nnsight")
     name = str(source_dir("llama"))

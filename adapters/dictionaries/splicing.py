@@ -19,6 +19,7 @@ from nla_lens.adapters.dictionaries.nla_dictionary import Edit, NLADictionary
 from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import blocks_of, width_of
+from nla_lens.models.passes import OwnPass, turn
 from nla_lens.nla import NLA
 from nla_lens.stream.explainer import check_fit
 
@@ -57,7 +58,7 @@ def run_with_nla(
     """
     dictionary = nla if isinstance(nla, NLADictionary) else NLADictionary(nla, **(options or {}))
 
-    def splice(resid_BTD: Tensor, hook: Any = None) -> Tensor:
+    def splice(resid_BTD: Tensor) -> Tensor:
         at = _columns(positions, resid_BTD.shape[1])
         out_BTD = resid_BTD.clone()
         out_BTD[:, at] = dictionary.forward(resid_BTD[:, at], edit=edit, keep_error=keep_error)
@@ -82,7 +83,11 @@ def _in_transformer_lens(
     as_source(model, getattr(model, "tokenizer", None) or "none")
     what = f"this {type(model).__name__}"
     check_fit(dictionary.nla, d_model=model.cfg.d_model, n_blocks=model.cfg.n_layers, what=what)
-    return model.run_with_hooks(tokens, fwd_hooks=[(dictionary.cfg.hook_name, splice)], **kwargs)
+    # Not by `run_with_hooks`, whose hooks act on other threads' passes, too.
+    with OwnPass(model) as own_pass:
+        point = model.hook_dict[dictionary.cfg.hook_name]
+        own_pass.hook(point, lambda _, args, resid_BTD: splice(resid_BTD))
+        return model(tokens, **kwargs)
 
 
 def _in_nnsight(
@@ -93,6 +98,7 @@ def _in_nnsight(
     kwargs: dict[str, Any],
 ) -> Any:
     from nla_lens.adapters.nnsight_model import _envoy_of, _text_stack
+    from nla_lens.engines.local.nnsight_threads import let_threads
 
     if kwargs.get("remote"):
         raise NLAError("the NLA runs in this process: splicing works without remote=True only")
@@ -102,7 +108,8 @@ def _in_nnsight(
     d_model, n_blocks = width_of(stack), len(blocks_of(stack))
     check_fit(dictionary.nla, d_model=d_model, n_blocks=n_blocks, what=what)
     block = _envoy_of(model, blocks_of(stack)[layer])
-    with model.trace(tokens, **kwargs):
+    let_threads(model)
+    with turn(stack), model.trace(tokens, **kwargs):
         output = block.output
         # Blocks give a tensor in some versions of transformers, a tuple in others.
         is_tuple = isinstance(output, tuple)
