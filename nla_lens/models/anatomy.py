@@ -6,6 +6,7 @@ as many decoder blocks as the config says, in the part that reads token ids.
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterator
 from typing import Any, Final
@@ -46,6 +47,12 @@ def blocks_of(model: Any) -> nn.ModuleList:
     _, owner, name = _parts(model)
     blocks: nn.ModuleList = getattr(owner, name)
     return blocks
+
+
+def block_index(model: Any, path: str) -> int:
+    """Index of the block that a weight or module belongs to, by its path; -1 for none."""
+    found = re.search(rf"\.{_parts(model)[2]}\.(\d+)\.", path)
+    return -1 if found is None else int(found[1])
 
 
 def width_of(model: Any) -> int:

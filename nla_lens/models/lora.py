@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError, told
+from nla_lens.models.lora_kinds import CONFIG_NAME as CONFIG_NAME
+from nla_lens.models.lora_kinds import fit_vocabulary, is_copy, is_table, refuse_other_kinds, untie
 
-CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
+_LEAD: Final = "base_model.model."
+"""What PEFT puts before the names of the base's modules."""
 
 
 def named_base(path: str | Path) -> str | None:
@@ -70,11 +74,12 @@ def merge_adapter(model: Any, path: str | Path, base: str | None = None) -> Any:
         NLAError: peft is not installed, or the adapter does not fit the base.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise NLAError(
             f"{path} is a LoRA adapter; loading it needs peft: pip install 'nla-lens[lora]'"
         ) from error
+    refuse_other_kinds(path)
     # Late, for it loads torch, which those who only read files do without.
     from nla_lens.models.passes import turn
 
@@ -82,14 +87,21 @@ def merge_adapter(model: Any, path: str | Path, base: str | None = None) -> Any:
         # PEFT only warns where it leaves parts of an adapter out; `_check_fit` is stricter.
         warnings.filterwarnings("ignore", message=".*missing adapter keys.*")
         try:
-            given = _keys(path)
-            part = _trained_on(model, given)
-            adapted = PeftModel.from_pretrained(part, str(path))
+            given = _shapes(path)
+            part, lead = _trained_on(model, given)
+            given = {_without(lead, key): shape for key, shape in given.items()}
+            fit_vocabulary(model, part, given, path)
+            config = PeftConfig.from_pretrained(str(path))
+            # By its task PEFT would look for what only a causal LM has.
+            config.task_type = None
+            mapping = {f"^{re.escape(lead)}": ""} if lead else None
+            adapted = PeftModel.from_pretrained(part, str(path), config=config, key_mapping=mapping)
             if base is not None:
                 # PEFT looks there for the size of the base's vocabulary, on the hub if need be.
                 for config in adapted.peft_config.values():
                     config.base_model_name_or_path = base
-            _check_fit(adapted, given, path)
+            _check_fit(adapted, set(given), path)
+            untie(adapted)
             quantized = getattr(model, "is_quantized", False)
             merged = adapted if quantized else adapted.merge_and_unload()
         except NLAError:
@@ -103,27 +115,34 @@ def merge_adapter(model: Any, path: str | Path, base: str | None = None) -> Any:
     return merged if part is model else model
 
 
-def _keys(path: str | Path) -> set[str]:
+def _shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     with safe_open(Path(path) / WEIGHTS_NAME, framework="pt") as file:
-        return set(file.keys())
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
-def _trained_on(model: Any, keys: set[str]) -> Any:
-    """The part of a causal LM whose modules the adapter's keys name: it, or the model inside.
+def _trained_on(model: Any, keys: Iterable[str]) -> tuple[Any, str]:
+    """The part of a causal LM whose modules the adapter's keys name, and what leads up to them.
 
-    An AR adapter may have been trained on the decoder alone, without lm_head.
+    An AR adapter may have been trained on the decoder alone, without lm_head; others on the text
+    model of a multimodal wrapper or on the wrapper of a text model, or on what `torch.compile` or
+    DataParallel had wrapped. What leads up to the keys is then to be left out of them.
     """
     from nla_lens.models.anatomy import text_model
 
     path = next((key for key in sorted(keys) if ".lora_A." in key), "")
-    path = path.removeprefix("base_model.model.").partition(".lora_A.")[0]
-    for part in (model, model.base_model, text_model(model)):
-        with contextlib.suppress(AttributeError):
-            part.get_submodule(path)
-            return part
-    return model
+    names = path.removeprefix(_LEAD).partition(".lora_A.")[0].split(".")
+    for start in range(len(names)):
+        for part in (model, model.base_model, text_model(model)):
+            with contextlib.suppress(AttributeError):
+                part.get_submodule(".".join(names[start:]))
+                return part, "".join(f"{name}." for name in names[:start])
+    return model, ""
+
+
+def _without(lead: str, key: str) -> str:
+    return _LEAD + key.removeprefix(_LEAD).removeprefix(lead)
 
 
 def _check_fit(adapted: Any, given: set[str], path: str | Path) -> None:
@@ -134,22 +153,19 @@ def _check_fit(adapted: Any, given: set[str], path: str | Path) -> None:
     """
     from peft import get_peft_model_state_dict
 
-    from nla_lens.models.anatomy import blocks_of
+    from nla_lens.models.anatomy import block_index, blocks_of
 
-    placed = set(get_peft_model_state_dict(adapted))
+    # Whole tables of embeddings are looked at apart: PEFT goes by the config of the base on disk.
+    given = {key for key in given if not (is_table(adapted, key) or is_copy(key, given))}
+    placed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    placed = {key for key in placed if not is_table(adapted, key)}
     # `target_modules` also names parts of a vision tower, which no NLA adapter trains.
     missing = {key for key in placed - given if "vision" not in key}
     # A reconstructor's base is cut after block K; the adapter may have been trained on all of it.
     n_blocks = len(blocks_of(adapted))
-    surplus = {key for key in given - placed if _block(key) < n_blocks}
+    surplus = {key for key in given - placed if block_index(adapted, key) < n_blocks}
     if missing or surplus:
         raise NLAError(
             f"the adapter {path} does not fit its base: no place for {sorted(surplus)[:3]}, "
             f"nothing for {sorted(missing)[:3]}"
         )
-
-
-def _block(key: str) -> int:
-    """Index of the block a weight belongs to, -1 for none."""
-    found = re.search(r"\.layers\.(\d+)\.", key)
-    return -1 if found is None else int(found[1])
