@@ -212,3 +212,19 @@ def test_reconstructions(tmp_path: Path, name: str) -> None:
     by_hand_ND = torch.stack([head_DD @ resid_1TD[0, -1] for resid_1TD in found])
     got_ND = nla.reconstruct(texts)
     assert ((got_ND - by_hand_ND).norm(dim=-1) / by_hand_ND.norm(dim=-1)).max() < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["nnsight", "transformer_lens"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "gemma4", "qwen3_5"])
+def test_other_engines(tmp_path: Path, name: str, engine: str) -> None:
+    pytest.importorskip(engine)
+    if name not in HERE:
+        pytest.skip("this transformers does not know it")
+    layer = families.config(name).num_hidden_layers - 1
+    path = families.save_av(name, tmp_path / "av", "replace", layer=layer)
+    ar = families.save_ar(name, tmp_path / "ar")
+    ours, theirs = (NLA.from_pretrained(av=path, ar=ar, engine=e) for e in (engine, "transformers"))
+    got, wanted = (nla.explain(given(), max_new_tokens=4, score=False) for nla in (ours, theirs))
+    assert [e.token_ids for e in got] == [e.token_ids for e in wanted]
+    got_ND, wanted_ND = (nla.reconstruct(list(EXPLANATIONS[:2])) for nla in (ours, theirs))
+    assert (got_ND - wanted_ND).norm() < 1e-5 * wanted_ND.norm()

@@ -20,7 +20,7 @@ from nla_lens.engines.local.decoding import LocalVerbalizer
 from nla_lens.engines.local.self_check import settle_caching
 from nla_lens.engines.local.transformers import adapter_blocks
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import text_model
+from nla_lens.models.anatomy import final_norm_name, text_model
 from nla_lens.models.batching import length_batches
 from nla_lens.models.cache_keyword import cache_keyword
 from nla_lens.models.passes import OwnHook, OwnPass
@@ -192,17 +192,23 @@ def as_text_lm(stack: Any, lm_head: nn.Module | None = None) -> Any:
 
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(stack.config, dtype=stack.dtype)
-    if isinstance(stack.norm, nn.Identity):
+    empty = text_model(whole)
+    name = final_norm_name(stack)
+    if name is not None and isinstance(getattr(stack, name), nn.Identity):
         # A bridge wants the norm to be there; nothing is read after it.
-        stack.norm = whole.model.norm.to_empty(device=stack.device)
-        nn.init.ones_(stack.norm.weight)
+        norm = getattr(empty, name).to_empty(device=stack.device)
+        for key, parameter in norm.named_parameters():
+            (nn.init.zeros_ if key.endswith("bias") else nn.init.ones_)(parameter)
+        setattr(stack, name, norm)
     # A wrapper's nested text config names no class, and TransformerBridge goes by the name.
     whole.config.architectures = [type(whole).__name__]
-    whole.model = stack
+    path = next(path for path, module in whole.named_modules() if module is empty)
+    parent, _, own = path.rpartition(".")
+    setattr(whole.get_submodule(parent), own, stack)
     if lm_head is None:
-        whole.lm_head.weight = stack.get_input_embeddings().weight
+        whole.get_output_embeddings().weight = stack.get_input_embeddings().weight
     else:
-        whole.lm_head = lm_head
+        whole.set_output_embeddings(lm_head)
     return whole.eval().requires_grad_(False)
 
 
