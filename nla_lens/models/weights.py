@@ -15,6 +15,12 @@ from nla_lens.models import cutting
 from nla_lens.models.anatomy import final_norm_name, remove_final_norm, text_model
 from nla_lens.models.lora import adapter_base, merge_adapter
 from nla_lens.models.passes import turn
+from nla_lens.models.saved_by_5 import (
+    advice,
+    read_rope_parameters,
+    reads_as_4,
+    tokenizer_saved_by_5,
+)
 from nla_lens.models.small_files import (
     check_config,
     check_generation_config,
@@ -35,9 +41,12 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
     with _clear_errors(path, "tokenizer"):
         check_tokenizer_config(path)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(path), trust_remote_code=trust_remote_code
-        )
+        with _quiet_transformers():
+            tokenizer = tokenizer_saved_by_5(path) if reads_as_4() else None
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path), trust_remote_code=trust_remote_code
+            )
     return tokenizer
 
 
@@ -135,27 +144,14 @@ def load_configs(path: str | Path, *, trust_remote_code: bool = False) -> tuple[
 
 
 def _load_config(path: str | Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig, __version__
+    from transformers import AutoConfig
 
     with _clear_errors(path, "config.json"):
         check_config(path)
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-        if int(__version__.split(".")[0]) < 5:
-            _read_rope_parameters(getattr(config, "text_config", None) or config)
+        if reads_as_4():
+            read_rope_parameters(getattr(config, "text_config", None) or config)
     return config
-
-
-def _read_rope_parameters(config: Any) -> None:
-    """transformers 4 does not read what 5 saves, and silently falls back to a theta of 10000."""
-    rope = getattr(config, "rope_parameters", None)
-    if rope is None:
-        return
-    whole = rope.get("full_attention", rope)
-    config.rope_theta = whole["rope_theta"]
-    scaling = {key: value for key, value in whole.items() if key != "rope_theta"}
-    config.rope_scaling = None if scaling.get("rope_type") in (None, "default") else scaling
-    if "sliding_attention" in rope:
-        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
 
 
 def _renaming(config: Any) -> dict[str, Any]:
@@ -197,7 +193,7 @@ def _load(
     if missing or report["mismatched_keys"]:
         raise NLAError(
             f"{path}: the weights do not fit config.json; missing {missing[:5]}, of another shape "
-            f"{list(report['mismatched_keys'])[:5]}"
+            f"{list(report['mismatched_keys'])[:5]}{advice(path)}"
         )
     if device is not None and device_map is None:
         with _clear_errors(path, "model"):
@@ -220,7 +216,7 @@ def _frozen(model: Any) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _clear_errors(path: object, what: str) -> Iterator[None]:
+def _clear_errors(path: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except NLAError:
@@ -230,6 +226,7 @@ def _clear_errors(path: object, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400]
         raise NLAError(
             f"the {what} of {path} cannot be loaded ({type(error).__name__}: {reason})"
+            f"{advice(path)}"
         ) from told(error)
 
 
