@@ -24,8 +24,9 @@ from nla_lens.adapters.transformer_bridge_run import Run
 from nla_lens.engines.local.transformer_lens import let_attention_find_its_cache, resid_post
 from nla_lens.errors import NLAError
 from nla_lens.models.block_reader import may_cut
-from nla_lens.models.passes import OwnPass, stack_of, turn
+from nla_lens.models.passes import OwnPass, stack_of
 from nla_lens.models.tokens import find_eos_ids
+from nla_lens.models.turns import turn
 from nla_lens.nla import NLA
 from nla_lens.stream.explainer import check_fit
 from nla_lens.stream.frameworks import Probe

@@ -22,7 +22,8 @@ from .checkpoints import EXPLANATIONS, FAMILIES, build_pair, build_source, vecto
 nnsight = pytest.importorskip("nnsight")
 pytest.importorskip("tenacity")
 
-from nla_lens.engines.ndif.engine import RemoteModel, Server  # noqa: E402
+from nla_lens.engines.ndif.engine import RemoteModel  # noqa: E402
+from nla_lens.engines.ndif.server import Server  # noqa: E402
 from nla_lens.models.weights import load_tokenizer  # noqa: E402
 
 RULES = ("replace", "norm_matched_add")

@@ -26,7 +26,7 @@ import nla_lens
 from nla_lens import NLA, NLAError
 from nla_lens.models import onednn
 from nla_lens.models.anatomy import text_model
-from nla_lens.models.passes import Turns
+from nla_lens.models.turns import Turns
 from nla_lens.stream.extraction import open_source
 from nla_lens.stream.frameworks import Probe
 

@@ -19,7 +19,8 @@ from nla_lens.adapters.dictionaries.nla_dictionary import Edit, NLADictionary
 from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import blocks_of, width_of
-from nla_lens.models.passes import OwnPass, turn
+from nla_lens.models.passes import OwnPass
+from nla_lens.models.turns import turn
 from nla_lens.nla import NLA
 from nla_lens.stream.explainer import check_fit
 

@@ -96,7 +96,7 @@ def examine(
     if not is_remote(engine) or engine.endswith(":local"):
         raise NLAError(f"engine={engine!r} needs no server; the doctor looks at ndif, vllm, sglang")
     import_nnsight()
-    from nla_lens.engines.ndif.engine import Server
+    from nla_lens.engines.ndif.server import Server
 
     models = _wanted(checkpoint, ar, revision, injection)
     server = Server.named(engine)

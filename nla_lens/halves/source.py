@@ -7,8 +7,8 @@ from typing import Any
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
-from nla_lens.models.passes import turn
 from nla_lens.models.placement import Placement
+from nla_lens.models.turns import turn
 from nla_lens.progress import waiting
 from nla_lens.stream.extraction import Positions, Source, Text, open_source, read_text
 from nla_lens.stream.residual import ResidualTensor

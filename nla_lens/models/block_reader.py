@@ -24,6 +24,7 @@ from nla_lens.models.cache_keyword import cache_keyword
 from nla_lens.models.kv_cache import empty_cache, repeated
 from nla_lens.models.onednn import ByOneDNN
 from nla_lens.models.passes import OwnPass, has_hooks
+from nla_lens.models.pickling import KeepsPrefix
 from nla_lens.models.proof import check_width
 
 _BY_TOKEN: Final = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
@@ -40,7 +41,7 @@ Tokens: TypeAlias = "tuple[Tensor, Tensor]"
 """Rows and columns of N tokens in a pass."""
 
 
-class BlockReader:
+class BlockReader(KeepsPrefix):
     """Reads one block of a transformers decoder."""
 
     def __init__(self, model: Any, layer: int) -> None:
@@ -54,10 +55,6 @@ class BlockReader:
         self._by_onednn = ByOneDNN(self._stack)
         self._takes_cache_as = cache_keyword(self._stack)
         self._prefix: tuple[list[int], Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy holds: a prefix is soon run again."""
-        return {**vars(self), "_prefix": None}
 
     @torch.inference_mode()
     def read(
@@ -97,10 +94,6 @@ class BlockReader:
     def keeps_prefixes(self) -> bool:
         """Whether what prompts begin with is ever kept."""
         return self._stack.config.model_type in _CACHED and self._width >= WIDE
-
-    def forget_prefix(self) -> None:
-        """Drops the kept prefix; needed only after the model's weights were changed."""
-        self._prefix = None
 
     @torch.inference_mode()
     def run(self, ids_BT: Tensor, past: Any = None, only: Tokens | None = None) -> Tensor:

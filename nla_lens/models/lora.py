@@ -17,6 +17,7 @@ from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError, told
 from nla_lens.models.lora_kinds import CONFIG_NAME as CONFIG_NAME
 from nla_lens.models.lora_kinds import fit_vocabulary, is_copy, is_table, refuse_other_kinds, untie
+from nla_lens.models.turns import turn
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 _LEAD: Final = "base_model.model."
@@ -80,9 +81,6 @@ def merge_adapter(model: Any, path: str | Path, base: str | None = None) -> Any:
             f"{path} is a LoRA adapter; loading it needs peft: pip install 'nla-lens[lora]'"
         ) from error
     refuse_other_kinds(path)
-    # Late, for it loads torch, which those who only read files do without.
-    from nla_lens.models.passes import turn
-
     with turn(warnings), warnings.catch_warnings():
         # PEFT only warns where it leaves parts of an adapter out; `_check_fit` is stricter.
         warnings.filterwarnings("ignore", message=".*missing adapter keys.*")

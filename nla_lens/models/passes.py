@@ -13,18 +13,15 @@ again inside a turn, as where a user's hook explains what it sees.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
-import weakref
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import text_model
+from nla_lens.models.turns import turns_of
 
 
 class _Here(threading.local):
@@ -88,7 +85,7 @@ class OwnPass:
         model: What is called in it, a torch module.
         """
         stack = stack_of(model)
-        self._turns = _turns_of(stack)
+        self._turns = turns_of(stack)
         # Entered again in the middle of a pass, they show that somebody else's has begun.
         self._entered = {model: 0, stack: 0}
         self._n_inside = 0
@@ -200,122 +197,3 @@ def has_hooks(model: nn.Module) -> bool:
         # Lists, since other threads may be changing them.
         for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     )
-
-
-class Turns:
-    """A lock that a thread may take again, and that threads get in the order in which they asked.
-
-    Python's own is not fair: who gives it back and takes it again at once keeps it.
-
-    Threads never wait for one another in a ring, as where hooks of each explain by the other's
-    model: the one that would close the ring goes in as a guest. Whoever holds the turn stands still
-    meanwhile, just as for a pass inside its own.
-    """
-
-    def __init__(self) -> None:
-        self._owner: int | None = None
-        self._holders: list[object] = []
-        self._guests: list[object] = []
-        self._queue: deque[tuple[int, object, threading.Lock]] = deque()
-
-    def take(self, holder: object) -> None:
-        """Waits for its turn; `give_back` must follow even where this raises, as on Ctrl-C.
-
-        Args:
-            holder: Any object, the same for both.
-        """
-        me, ticket = threading.get_ident(), threading.Lock()
-        with _shared.guard:
-            if self._owner == me or not self._holders:
-                self._owner = me
-                self._holders.append(holder)
-                return
-            if self._would_close_a_ring(me):
-                self._guests.append(holder)
-                return
-            ticket.acquire()
-            self._queue.append((me, holder, ticket))
-            _shared.wanted[me] = self
-        ticket.acquire()
-
-    def give_back(self, holder: object) -> None:
-        """Ends a turn, or the wait for it, and lets the next thread have it."""
-        try:
-            self._leave(holder)
-        # A Ctrl-C in this very moment must not leave others waiting for ever.
-        except BaseException:
-            self._leave(holder)
-            raise
-
-    def _leave(self, holder: object) -> None:
-        """May be called again where it was interrupted."""
-        with _shared.guard:
-            for held in (self._holders, self._guests):
-                held[:] = [other for other in held if other is not holder]
-            for waiting in [w for w in self._queue if w[1] is holder]:
-                self._queue.remove(waiting)
-                _shared.wanted.pop(waiting[0], None)
-            if not self._holders:
-                self._owner = None
-                if self._queue:
-                    self._owner, first, ticket = self._queue[0]
-                    _shared.wanted.pop(self._owner, None)
-                    with contextlib.suppress(RuntimeError):
-                        ticket.release()
-                    self._holders.append(first)
-                    self._queue.popleft()
-
-    def _would_close_a_ring(self, me: int) -> bool:
-        turns: Turns | None = self
-        while turns is not None and turns._owner is not None:
-            if turns._owner == me:
-                return True
-            turns = _shared.wanted.get(turns._owner)
-        return False
-
-
-@contextlib.contextmanager
-def turn(key: Any) -> Iterator[None]:
-    """What is done in it with an object, one thread does at a time."""
-    turns, holder = _turns_of(key), object()
-    try:
-        turns.take(holder)
-        yield
-    finally:
-        turns.give_back(holder)
-
-
-class _Shared:
-    """What all turns share.
-
-    Attributes:
-        guard: Held for as long as one looks or changes anything, and never while one waits.
-        of: Each model's turns.
-        wanted: What each thread waits for.
-    """
-
-    def __init__(self) -> None:
-        self.guard = threading.Lock()
-        self.of: weakref.WeakKeyDictionary[Any, Turns] = weakref.WeakKeyDictionary()
-        self.wanted: dict[int, Turns] = {}
-
-
-_shared = _Shared()
-
-
-def _turns_of(stack: Any) -> Turns:
-    with _shared.guard:
-        found = _shared.of.get(stack)
-        if found is None:
-            found = _shared.of[stack] = Turns()
-        return found
-
-
-def _forget_threads() -> None:
-    """A forked process has none of the threads that may hold a turn, or the guard."""
-    global _shared
-    _shared = _Shared()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)

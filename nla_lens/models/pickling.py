@@ -33,6 +33,19 @@ class Pickled:
         forget_hooks(self.model)
 
 
+class KeepsPrefix:
+    """What keeps a prefix of prompts between calls, and pickles without it."""
+
+    _prefix: Any = None
+
+    def forget_prefix(self) -> None:
+        """Drops the kept prefix; needed only after the model's weights were changed."""
+        self._prefix = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_prefix": None}
+
+
 class _Theirs(OwnHook):
     """A hook of transformers', which stays where it is and leaves no trace in a pickle."""
 

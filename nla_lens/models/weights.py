@@ -14,7 +14,6 @@ from nla_lens.errors import NLAError, told
 from nla_lens.models import cutting
 from nla_lens.models.anatomy import final_norm_name, remove_final_norm, text_model
 from nla_lens.models.lora import adapter_base, merge_adapter
-from nla_lens.models.passes import turn
 from nla_lens.models.saved_by_5 import (
     advice,
     read_rope_parameters,
@@ -26,6 +25,7 @@ from nla_lens.models.small_files import (
     check_generation_config,
     check_tokenizer_config,
 )
+from nla_lens.models.turns import turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from typing import Any, Final
 from torch import nn
 
 from nla_lens.errors import NLAError
-from nla_lens.models.passes import turn
+from nla_lens.models.turns import turn
 from nla_lens.models.wrappers import is_transformers
 from nla_lens.plugins import load_plugin
 from nla_lens.stream.explainer import Explainer, check_nla

@@ -29,6 +29,7 @@ from nla_lens.models.batching import choose_batch_size
 from nla_lens.models.caching import KEYS_AND_VALUES, Caching
 from nla_lens.models.kv_cache import empty_cache, joined, n_shared, repeated, select, shared
 from nla_lens.models.passes import OwnPass
+from nla_lens.models.pickling import KeepsPrefix
 
 _WORTH_A_COPY: Final = 8
 """Rows join when one place in this many is free: that copies the cache."""
@@ -139,7 +140,7 @@ class _Flight:
         self.generated += other.generated
 
 
-class Decoder:
+class Decoder(KeepsPrefix):
     """Generates answers with one model; keeps the prefix of the last prompt between calls."""
 
     def __init__(self, forward: Forward, device: torch.device) -> None:
@@ -149,14 +150,6 @@ class Decoder:
         """
         self._forward, self._device = forward, device
         self._prefix: tuple[tuple[int, ...], Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy holds: a prefix is soon run again."""
-        return {**vars(self), "_prefix": None}
-
-    def forget_prefix(self) -> None:
-        """Drops the kept prefix."""
-        self._prefix = None
 
     def decode(self, job: Job, batch_size: int) -> Iterator[tuple[int, list[int]]]:
         """Yields (row, generated ids) as rows are over, in any order.

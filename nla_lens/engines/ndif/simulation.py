@@ -8,7 +8,7 @@ from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.schema.request import RequestModel
 
 from nla_lens.engines.ndif.backend import Traffic
-from nla_lens.models.passes import turn
+from nla_lens.models.turns import turn
 
 
 class SimulatedBackend(LocalSimulationBackend):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nla_lens.engines.local.nnsight_traces import PLAIN, Places, read, write_on
-from nla_lens.engines.ndif.engine import RemoteModel, Server, model_key, request_batches
+from nla_lens.engines.ndif.engine import RemoteModel, model_key, request_batches
+from nla_lens.engines.ndif.server import Server
 from nla_lens.errors import NLAError
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_tokenizer
