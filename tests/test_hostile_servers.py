@@ -23,6 +23,7 @@ from nla_lens.foreign import harmless, scrub, to_json
 
 from .hostile_ndif import LyingNDIF
 
+SECRET = "".join(["open", "sesame"])
 KEY = "sesame/öffne+dich=1".replace("ö", "o")
 
 
@@ -437,13 +438,13 @@ def test_an_environment_that_vllm_cannot_be_asked_with(
 )
 def test_an_address_with_a_key_in_it_is_not_quoted(url: str) -> None:
     with pytest.raises(NLAError, match="a key goes into api_key=") as caught:
-        Server(url.format("sesame"), api_key=KEY)
-    assert "sesame" not in shown(caught.value) and KEY not in shown(caught.value)
+        Server(url.format(SECRET), api_key=KEY)
+    assert SECRET not in shown(caught.value) and KEY not in shown(caught.value)
     assert KEY not in repr(Server("http://h", api_key=KEY))
     with pytest.raises(NLAError) as caught:
         Server("http://h", api_key=KEY + "\n")
     assert KEY not in shown(caught.value)
     if "//" in url and "h?" not in url:
         with pytest.raises(NLAError) as caught:
-            NLA.from_pretrained("tiny", engine="ndif:" + url.format("sesame"))
-        assert "sesame" not in str(caught.value)
+            NLA.from_pretrained("tiny", engine="ndif:" + url.format(SECRET))
+        assert SECRET not in str(caught.value)

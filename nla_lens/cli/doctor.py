@@ -6,6 +6,7 @@ For vLLM and SGLang servers see `server_doctor`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -138,8 +139,8 @@ def _wanted(
 
 
 def _as_server(name: str | Path, revision: str | None = None) -> _Model:
-    path = Path(name).expanduser()
-    return (str(path.resolve()), None) if path.is_dir() else (str(name), revision)
+    path = Path(os.path.expanduser(name))
+    return (str(path.resolve()), None) if os.path.isdir(path) else (str(name), revision)
 
 
 def _get(host: str, path: str, headers: Mapping[str, str] | None = None) -> Any:

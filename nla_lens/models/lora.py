@@ -7,6 +7,7 @@ full model; into a quantized base it is not merged, since that would round it aw
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Any, Final
 
 from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError, told
+from nla_lens.models.adapter_limits import check_adapter
 from nla_lens.models.lora_kinds import CONFIG_NAME as CONFIG_NAME
 from nla_lens.models.lora_kinds import fit_vocabulary, is_copy, is_table, refuse_other_kinds, untie
 from nla_lens.models.turns import turn
@@ -31,7 +33,8 @@ def named_base(path: str | Path) -> str | None:
         NLAError: The adapter's config is damaged.
     """
     config_path = Path(path) / CONFIG_NAME
-    if not config_path.is_file():
+    # Not Path.is_file, which raises on a name too long to be a file's.
+    if not os.path.isfile(config_path):
         return None
     try:
         base = read_json(config_path)["base_model_name_or_path"]
@@ -88,6 +91,8 @@ def merge_adapter(model: Any, path: str | Path, base: str | None = None) -> Any:
             given = _shapes(path)
             part, lead = _trained_on(model, given)
             given = {_without(lead, key): shape for key, shape in given.items()}
+            names = [name for name, _ in part.named_modules()]
+            check_adapter(Path(path) / CONFIG_NAME, Path(path) / WEIGHTS_NAME, names)
             fit_vocabulary(model, part, given, path)
             config = PeftConfig.from_pretrained(str(path))
             # By its task PEFT would look for what only a causal LM has.

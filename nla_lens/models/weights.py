@@ -24,7 +24,9 @@ from nla_lens.models.small_files import (
     check_config,
     check_generation_config,
     check_tokenizer_config,
+    find_small_file,
 )
+from nla_lens.models.tokenizer_limits import check_tokenizer
 from nla_lens.models.turns import turn
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
     with _clear_errors(path, "tokenizer"):
         check_tokenizer_config(path)
+        built_from = find_small_file(path, "tokenizer.json")
+        if built_from is not None:
+            check_tokenizer(built_from)
         with _quiet_transformers():
             tokenizer = tokenizer_saved_by_5(path) if reads_as_4() else None
         if tokenizer is None:

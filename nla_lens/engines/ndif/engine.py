@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,6 +212,11 @@ def request_batches(lengths: Sequence[int], batch_size: int | None = None) -> It
         yield batch
 
 
+def _is_here(checkpoint: Checkpoint) -> bool:
+    # Path.expanduser raises where there is no such user.
+    return os.path.isdir(os.path.expanduser(checkpoint.name))
+
+
 def _open_half(checkpoint: Checkpoint, placement: Placement, engine: str) -> RemoteModel:
     for name in ("dtype", "device", "device_map"):
         if getattr(placement, name) is not None:
@@ -220,7 +226,7 @@ def _open_half(checkpoint: Checkpoint, placement: Placement, engine: str) -> Rem
             f"{checkpoint.name} is a LoRA adapter, which engine={engine!r} cannot run: merge it "
             "into its base model and have that deployed, or use another engine"
         )
-    if checkpoint.name.count("/") > 1 and not Path(checkpoint.name).expanduser().is_dir():
+    if checkpoint.name.count("/") > 1 and not _is_here(checkpoint):
         raise NLAError(
             f"{checkpoint.name} is a folder of a hub repository, and NDIF deploys whole "
             f"repositories: put the half into one of its own, or use another engine"
@@ -228,7 +234,7 @@ def _open_half(checkpoint: Checkpoint, placement: Placement, engine: str) -> Rem
     tokenizer = load_tokenizer(
         checkpoint.tokenizer_path, trust_remote_code=placement.trust_remote_code
     )
-    is_local = Path(checkpoint.name).expanduser().is_dir()
+    is_local = _is_here(checkpoint)
     path = checkpoint.path if is_local else None
     server = Server.named(engine)
     return RemoteModel.open(checkpoint.name, path, server, tokenizer, checkpoint.revision)

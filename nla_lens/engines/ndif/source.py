@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,10 @@ def open_remote_source(model: Any, remote: str | bool, tokenizer: Any = None) ->
     """
     server = Server.named("ndif" if remote is True else f"ndif:{remote}")
     if isinstance(model, (str, Path)):
-        path = Path(model).expanduser()
+        path = Path(os.path.expanduser(model))
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         return NDIFSource(
-            RemoteModel.open(str(model), path if path.is_dir() else None, server, tokenizer),
+            RemoteModel.open(str(model), path if os.path.isdir(path) else None, server, tokenizer),
             tokenizer,
         )
     repo = getattr(model, "repo_id", None)

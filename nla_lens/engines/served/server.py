@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -228,7 +227,7 @@ def _is_same(name: str, checkpoint: Checkpoint) -> bool:
     # The hub's cache calls a repository's folder so.
     if f"models--{checkpoint.name.replace('/', '--')}/" in name:
         return True
-    is_local = Path(checkpoint.name).expanduser().is_dir()
+    is_local = os.path.isdir(os.path.expanduser(checkpoint.name))
     own = checkpoint.path.resolve().parts if is_local else checkpoint.name.split("/")
     # A pair's folder has an av/ in it: that alone names nothing.
     n = 2 if own[-1].lower() == "av" else 1
