@@ -74,16 +74,12 @@ def render_chat(
         raise NLAError(f"the tokenizer of {tokenizer.name_or_path} has no chat template")
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
     try:
-<<<<<<< HEAD
-        ids: Any = tokenizer.apply_chat_template(
+        ids: Any = apply_template(
+            tokenizer,
             messages,
-            tokenize=True,
             add_generation_prompt=add_generation_prompt,
             **(options or {}),
         )
-=======
-        ids: Any = apply_template(tokenizer, messages, add_generation_prompt=add_generation_prompt)
->>>>>>> e2e4590 (Strangers' programs under limits: chat templates, tokenizers, adapters; odd names; a source's own code is not trusted with the checkpoint's)
     # The template is a program that came with the checkpoint: it may raise anything.
     except Exception as error:
         raise NLAError(

@@ -13,7 +13,7 @@ All of it is six passes of a few tokens: what six tokens cost, with a model of a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Final
@@ -96,6 +96,7 @@ def check_decoding(
     # Whatever a model's code raises when it is handed another cache than its own.
     except Exception as error:
         raise _refusal(lm, name, packages, _failing(error)) from error
+    _check_numbers(lm, wanted)
     apart = max(map(_apart, found, wanted))
     _judge(lm, name, packages, apart, "its texts would be fluent, and not about the vector")
 
@@ -120,6 +121,8 @@ def settle_caching(
         engine.caching = way
         try:
             check_verbalizer(engine, lm, spec, name, *packages)
+        except DamagedWeightsError:
+            raise
         except NLAError:
             continue
         return
@@ -176,8 +179,22 @@ def check_reader(model: Any, reader: BlockReader, name: str) -> None:
         raise
     except Exception as error:
         raise _refusal(model, name, (), _failing(error)) from error
+    _check_numbers(model, [wanted_BTD])
     apart = _apart(found_BTD.flatten(0, 1), wanted_BTD[:, len(prefix_ids) :].flatten(0, 1))
     _judge(model, name, (), apart, "its vectors would be wrong")
+
+
+class DamagedWeightsError(NLAError):
+    """A model puts out NaN for ordinary tokens, whatever the way it is run."""
+
+
+def _check_numbers(lm: Any, said: Sequence[Tensor]) -> None:
+    """Refuses NaN: argmax takes it for the largest number, and writes the first token for ever."""
+    if any(bool(part.isnan().any()) for part in said):
+        raise DamagedWeightsError(
+            f"{lm.name_or_path} computes NaN for plain tokens: its weights hold NaN, or overflow "
+            f"in {lm.dtype}; fetch it again, or load it in another dtype="
+        )
 
 
 class _Rehearsal:
