@@ -121,6 +121,11 @@ class NNsightSource:
         """Whether there is an lm_head to write on with."""
         return self.model._module.get_output_embeddings() is not None
 
+    @property
+    def context_length(self) -> Any:
+        """Most tokens the model was made for; None where its config does not say."""
+        return getattr(self._stack.config, "max_position_embeddings", None)
+
     def check_place(self, place: ResidPost) -> None:
         """Raises an NLAError if there is no such block."""
         n_blocks = len(blocks_of(self._stack))

@@ -15,12 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+import nla_lens
 from nla_lens import NLA, NLAError
+from nla_lens.checkpoints.spec import read_spec
 from nla_lens.models import limited
+from nla_lens.models.block_reader import BlockReader
 from nla_lens.models.templates import apply_template, is_plain
 from nla_lens.models.weights import load_tokenizer
 
-from .checkpoints import build_lora_av, build_source
+from .checkpoints import build_lora_av, build_source, reference, write_sidecar
+from .checkpoints.sidecars import override
 from .checkpoints.vocabulary import CHAT_TEMPLATES
 
 MESSAGES = [
@@ -273,3 +277,88 @@ def test_no_process_is_started_without_need(av: Path, monkeypatch: pytest.Monkey
     limited._child._end()
     assert os.listdir(av)
     assert NLA.from_pretrained(av=av).encode(torch.ones(64), max_new_tokens=2)
+
+
+# --- lengths, NaN, code, names ---
+
+
+def test_a_text_beyond_the_sources_context_is_refused(
+    source_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(source_dir("llama"), tmp_path / "source"))
+    change_json(source / "config.json", max_position_embeddings=12)
+    text = "the " * 40
+    with pytest.raises(NLAError, match=r"tokens of the text .* was made for 12"):
+        nla_lens.extract(source, text, 1)
+    first = nla_lens.extract(source, text, 1, positions=[0, 11])[0]
+    assert first.as_subclass(torch.Tensor).equal(
+        nla_lens.extract(source_dir("llama"), text, 1, positions=[0, 11])[0].as_subclass(
+            torch.Tensor
+        )
+    )
+    with pytest.raises(NLAError, match=r"was made for 12"):
+        nla_lens.extract(source, text, 1, positions=[12])
+    # Of a text of 20,000 words only what stands before the last position asked for is run.
+    ran: list[int] = []
+    run = BlockReader.run
+
+    def counted(self: Any, ids_BT: Any, *rest: Any, **options: Any) -> Any:
+        ran.append(ids_BT.numel())
+        return run(self, ids_BT, *rest, **options)
+
+    monkeypatch.setattr(BlockReader, "run", counted)
+    nla_lens.extract(source, "word " * 20_000, 1, positions=[0])
+    assert sum(ran) < 12
+
+
+def test_an_answer_beyond_the_verbalizers_context_is_refused(nla: NLA) -> None:
+    with pytest.raises(NLAError, match=r"max_new_tokens=5000 are more than the \d+ tokens"):
+        nla.explain(torch.ones(64), max_new_tokens=5000)
+
+
+@pytest.mark.parametrize("half", ["av", "ar"])
+def test_weights_that_compute_nan_are_refused(half: str, pair_dirs: Any, tmp_path: Path) -> None:
+    halves = dict(zip(("av", "ar"), pair_dirs("llama", "replace"), strict=True))
+    halves[half] = Path(shutil.copytree(halves[half], tmp_path / half))
+    path = halves[half] / "model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("layers.1.mlp.down_proj.weight"))
+    tensors[key][0, 0] = torch.nan
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(NLAError, match="computes NaN for plain tokens"):
+        NLA.from_pretrained(**halves)
+
+
+def test_the_sources_code_is_not_run_with_the_checkpoints(
+    pair_dirs: Any, source_dir: Any, tmp_path: Path
+) -> None:
+    """The sidecar alone names the source: nobody said that its code may run."""
+    source = Path(shutil.copytree(source_dir("llama"), tmp_path / "source"))
+    (source / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    change_json(source / "config.json", auto_map={"AutoConfig": "code.C"}, model_type="strange")
+    av = Path(shutil.copytree(pair_dirs("llama", "replace")[0], tmp_path / "av"))
+    write_sidecar(av, override(reference.read_sidecar(av), {"base_checkpoint": str(source)}))
+    nla = NLA.from_pretrained(av=av, trust_remote_code=True)
+    with pytest.raises(NLAError, match="cannot be loaded"):
+        nla.explain_text("a")
+    assert not (tmp_path / "ran").exists()
+
+
+NAMES = ["~nosuchuser", "~nosuchuser/x", "\0", "a/\0", "x" * 300, "//", "..", "", ".", "/",
+         "a" * 300 + "/b", "/dev/zero", "\ud800", "con\x1b/x"]  # fmt: skip
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for load in (
+        lambda: NLA.from_pretrained(name),
+        lambda: NLA.from_pretrained(av=name),
+        lambda: read_spec(name),
+        lambda: nla_lens.extract(name, "a", 0),
+    ):
+        with pytest.raises(NLAError) as caught:
+            load()
+        assert "\x1b" not in str(caught.value) and str(caught.value).encode()

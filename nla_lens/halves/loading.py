@@ -14,7 +14,7 @@ from nla_lens.checkpoints.folders import Name
 from nla_lens.checkpoints.layout import HEAD_NAME
 from nla_lens.checkpoints.pairs import Bases, open_halves
 from nla_lens.checkpoints.spec import build_spec
-from nla_lens.checks import naming
+from nla_lens.checks import is_int, naming
 from nla_lens.engines import (
     is_remote,
     is_served,
@@ -93,7 +93,9 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
         backbone = load_reconstructor_engine(engines["ar"], ar, spec, request.placement)
         reconstructor = Reconstructor(spec, ar_tokenizer, backbone, head, mean_D)
     engine = engine or load_verbalizer_engine(*verbalizing)
-    return Verbalizer(spec, tokenizer, engine, prompt, mean_D), reconstructor
+    longest = av.config.get("max_position_embeddings")
+    longest = longest if is_int(longest) else None
+    return Verbalizer(spec, tokenizer, engine, prompt, mean_D, longest), reconstructor
 
 
 def _opening(request: Request, engine: str) -> Callable[..., Checkpoint]:

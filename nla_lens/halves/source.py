@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nla_lens.checkpoints.spec import NLASpec
@@ -70,7 +71,10 @@ class OwnSource:
             raise NLAError("the checkpoint does not name its source model; pass model=")
         with turn(self):
             if self.loaded is None or (whole and not self.loaded.is_whole):
-                how = {"remote": self._remote, **vars(self._placement)}
+                # The caller trusts the checkpoint's code, and not that of whatever it names: a
+                # source with code of its own is loaded by the caller, and passed as model=.
+                placement = replace(self._placement, trust_remote_code=False)
+                how = {"remote": self._remote, **vars(placement)}
                 self.loaded = open_source(name, n_blocks=n_blocks, **how)
             loaded: Source = self.loaded
         return loaded

@@ -52,6 +52,7 @@ class Verbalizer:
         tokenizer: The checkpoint's tokenizer.
         engine: Where the model runs.
         mean_D: `[d]` float32, subtracted from vectors first; None takes them as they are.
+        context_length: Most tokens the model was made for; None where nobody says.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class Verbalizer:
         engine: VerbalizerEngine,
         prompt: Prompt,
         mean_D: Tensor | None = None,
+        context_length: int | None = None,
     ) -> None:
         """Joins what was loaded; `prompt` is `canonical_prompt(spec, tokenizer)`."""
-        self.mean_D = mean_D
+        self.mean_D, self.context_length = mean_D, context_length
         self.spec, self.tokenizer, self.engine = spec, tokenizer, engine
         self._prompt = prompt
         self._texts: dict[int, str] = {}
@@ -157,6 +159,14 @@ class Verbalizer:
             prompt: Another user turn, with `<INJECT>` where the vector goes.
         """
         chosen = self._prompt if prompt is None else self.custom_prompt(prompt)
+        n_tokens = len(chosen.ids) + max_new_tokens
+        longest = self.context_length
+        if longest is not None and n_tokens > longest:
+            raise NLAError(
+                f"a prompt of {len(chosen.ids)} tokens and max_new_tokens={max_new_tokens} are "
+                f"more than the {longest} tokens the verbalizer was made for "
+                "(max_position_embeddings): pass a smaller max_new_tokens"
+            )
         job = Job(
             prompt_ids=chosen.ids,
             marker=chosen.marker,

@@ -35,6 +35,8 @@ _WORTH_SHARING: Final = 8
 """A prefix of fewer tokens saves less than the mask costs that it brings along."""
 _PASS: Final = 40
 """What a pass of its own costs, in tokens."""
+_FAR: Final = 512
+"""So many tokens behind the last one asked for are not run, however small the model is."""
 WIDE: Final = 256
 """Widths under which products are too small to be worth another way of computing them."""
 Tokens: TypeAlias = "tuple[Tensor, Tensor]"
@@ -74,6 +76,8 @@ class BlockReader(KeepsPrefix):
             `[n_i, d]` for each prompt, in the model's dtype, each a tensor of its own.
         """
         if not may_cut(self._model, self._width):
+            if not has_hooks(self._model):
+                prompts = [_nearer(ids, at) for ids, at in zip(prompts, positions, strict=True)]
             return self._read_as_it_is(prompts, positions, batch_size)
         cut = [
             list(prompt[: max(at, default=0) + 1])
@@ -249,6 +253,12 @@ def may_cut(model: nn.Module, width: int) -> bool:
         width: Its d_model.
     """
     return width >= WIDE and not has_hooks(model)
+
+
+def _nearer(ids: Sequence[int], at: Sequence[int]) -> Sequence[int]:
+    """A prompt without what stands far behind the last token asked for."""
+    end = max(at, default=0) + 1
+    return ids[:end] if len(ids) - end > _FAR else ids
 
 
 def common_prefix(prompts: Sequence[list[int]]) -> list[int]:

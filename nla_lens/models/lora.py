@@ -57,7 +57,8 @@ def adapter_base(path: str | Path, base: str | None = None) -> str | None:
     Raises:
         NLAError: The adapter's config is damaged, or its weights are not safetensors.
     """
-    if not (Path(path) / CONFIG_NAME).is_file():
+    # Not Path.is_file, which raises on a name too long to be a file's.
+    if not os.path.isfile(Path(path) / CONFIG_NAME):
         return None
     found = base or named_base(path)
     if not (Path(path) / WEIGHTS_NAME).is_file():

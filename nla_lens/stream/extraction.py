@@ -121,6 +121,8 @@ def read_prompts(
 ) -> list[ResidualTensor]:
     """The residual of tokenized prompts at some of their positions, `[n_i, d]` each."""
     source.check_place(place)
+    for at in picked:
+        _check_length(source, max(at, default=0) + 1)
     resids = _read(source, prompts, picked, place, batch_size)
     return [
         _wrap(resid_ND, prompts[row], row, picked[row], place, source)
@@ -141,6 +143,8 @@ def read_text(
     source.check_place(place)
     ids = encode(source.tokenizer, text, for_answer=generate > 0)
     picked = _positions(positions, len(ids))
+    longest = len(ids) + generate if generate > 0 else max(picked, default=0) + 1
+    _check_length(source, longest)
     if generate > 0:
         written = source.go_on(ids, generate)
         picked = [*picked, *range(len(ids), len(ids) + len(written))]
@@ -202,6 +206,20 @@ def _positions(positions: Positions, length: int) -> list[int]:
         if not is_int(position) or not -length <= position < length:
             raise NLAError(f"position {position!r} is not in a text of {length} tokens")
     return [int(position) % length for position in listed]
+
+
+def _check_length(source: Source, n_tokens: int) -> None:
+    """Refuses positions beyond those a model was made for; tokens after the last one do not count.
+
+    Raises:
+        NLAError: Names both numbers.
+    """
+    longest: Any = getattr(source, "context_length", None)
+    if is_int(longest) and n_tokens > longest:
+        raise NLAError(
+            f"{n_tokens} tokens of the text are to be read, and the source model was made for "
+            f"{longest} (max_position_embeddings): shorten the text, or ask for earlier positions"
+        )
 
 
 def _wrap(

@@ -51,6 +51,11 @@ class HFSource:
         """Whether there is an lm_head to write on with."""
         return self.model.get_output_embeddings() is not None
 
+    @property
+    def context_length(self) -> Any:
+        """Most tokens the model was made for; None where its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def check_place(self, place: ResidPost) -> None:
         """Raises an NLAError if there is no such block."""
         if place.layer >= len(self._blocks):

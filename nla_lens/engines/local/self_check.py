@@ -166,12 +166,13 @@ def check_reader(model: Any, reader: BlockReader, name: str) -> None:
     Raises:
         NLAError: They differ by more than rounding, or reading fails.
     """
-    if not reader.keeps_prefixes:
-        return
     ids = _plain_ids(model)
     prefix_ids, rest = [next(ids), next(ids)], [[next(ids), next(ids)] for _ in range(2)]
     try:
         wanted_BTD = reader.run(torch.tensor([prefix_ids + ids for ids in rest]))
+        _check_numbers(model, [wanted_BTD])
+        if not reader.keeps_prefixes:
+            return
         cache = empty_cache()
         reader.run(torch.tensor([prefix_ids]), cache)
         found_BTD = reader.run(torch.tensor(rest), repeated(cache, len(rest)))
@@ -179,7 +180,6 @@ def check_reader(model: Any, reader: BlockReader, name: str) -> None:
         raise
     except Exception as error:
         raise _refusal(model, name, (), _failing(error)) from error
-    _check_numbers(model, [wanted_BTD])
     apart = _apart(found_BTD.flatten(0, 1), wanted_BTD[:, len(prefix_ids) :].flatten(0, 1))
     _judge(model, name, (), apart, "its vectors would be wrong")
 
