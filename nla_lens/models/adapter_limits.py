@@ -32,7 +32,8 @@ def check_adapter(config_path: Path, weights_path: Path, names: list[str]) -> No
     config = read_json(config_path)
 
     def wrong(key: str, expected: str) -> NLAError:
-        return NLAError(f"{config_path}: {key} is {config.get(key)!r:.80}; expected {expected}")
+        found = f"{key} is {config.get(key)!r:.80}; expected {expected}"
+        return NLAError(f"the adapter does not fit its base: {config_path}: {found}")
 
     if config.get("layer_replication"):
         raise wrong("layer_replication", "nothing: an NLA's blocks are those of its base")
