@@ -234,7 +234,7 @@ def adapter(tmp_path: Path) -> Path:
         ({"rank_pattern": [1]}, "rank_pattern is .*expected values by module"),
         ({"lora_alpha": "nan"}, "lora_alpha is 'nan'; expected a number"),
         ({"alpha_pattern": {"q_proj": None}}, "lora_alpha is"),
-        ({"layer_replication": [[0, 10**6]]}, "layer_replication is"),
+        ({"layer_replication": [[0, 10**6]]}, "layer_replication in adapter_config.json"),
         (
             {"target_modules": r"(.*)*(.*)*(.*)*(.*)*(.*)*x"},
             "a regular expression in it .* takes too long",

@@ -35,8 +35,6 @@ def check_adapter(config_path: Path, weights_path: Path, names: list[str]) -> No
         found = f"{key} is {config.get(key)!r:.80}; expected {expected}"
         return NLAError(f"the adapter does not fit its base: {config_path}: {found}")
 
-    if config.get("layer_replication"):
-        raise wrong("layer_replication", "nothing: an NLA's blocks are those of its base")
     longest = _check_tensors(weights_path)
     for key, ranks in (("r", [config.get("r", 8)]), ("rank_pattern", _values(config, wrong))):
         if not all(is_int(rank) and 0 <= rank <= longest for rank in ranks):
