@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 import nla_lens
 from nla_lens import NLAError
 from nla_lens.errors import NLAWarning
+from nla_lens.models import block_reader
 from nla_lens.models.anatomy import blocks_of
 from nla_lens.stream import hf_source
 
@@ -95,6 +96,36 @@ def test_sources(saved: Any, tokenizer: Any, monkeypatch: Any, name: str) -> Non
         nla_lens.extract(nnsight.NNsight(families.model(name)), TEXTS, LAYER, tokenizer=tokenizer),
         by_hand,
     )
+
+
+@each_family
+def test_sources_of_a_large_width(tokenizer: Any, monkeypatch: Any, name: str) -> None:
+    """Texts cut and padded, and last blocks that run for few tokens: the ways of large models."""
+    monkeypatch.setattr(block_reader, "WIDE", 0)
+    model = model_of(name)
+    by_hand = [resid[-1:] for resid in wanted(model, tokenizer)]
+    got = nla_lens.extract(model, TEXTS, LAYER, positions=[-1], tokenizer=tokenizer)
+    same(got, by_hand, within=1e-5)
+    firsts = [resid[:1] for resid in wanted(model, tokenizer)]
+    same(nla_lens.extract(model, TEXTS, LAYER, positions=0, tokenizer=tokenizer), firsts, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_go_by_the_length(tokenizer: Any, monkeypatch: Any, kind: str) -> None:
+    """In a long text each token is rotated otherwise; cutting or padding would change them."""
+    monkeypatch.setattr(block_reader, "WIDE", 0)
+    config = families.config("phi3" if kind == "longrope" else "mistral")
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        config.original_max_position_embeddings = rope["original_max_position_embeddings"] = 8
+    config.rope_parameters, config.max_position_embeddings = rope, 16
+    model = families.randomize(AutoModel.from_config(config), 0).eval()
+    by_hand = [states(model, tokenizer(text)["input_ids"])[LAYER + 1] for text in TEXTS]
+    assert max(map(len, by_hand)) > 20 > min(map(len, by_hand))
+    same(nla_lens.extract(model, TEXTS, LAYER, tokenizer=tokenizer), by_hand, 1e-5)
+    got = nla_lens.extract(model, TEXTS, LAYER, positions=slice(4), tokenizer=tokenizer)
+    same(got, [resid[:4] for resid in by_hand], 1e-5)
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

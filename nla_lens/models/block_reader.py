@@ -12,7 +12,7 @@ What is left out changes nothing that is asked for: a decoder's tokens do not se
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -75,8 +75,9 @@ class BlockReader(KeepsPrefix):
         Returns:
             `[n_i, d]` for each prompt, in the model's dtype, each a tensor of its own.
         """
-        if not may_cut(self._model, self._width):
-            if not has_hooks(self._model):
+        by_length = rotates_by_length(self._stack.config)
+        if by_length or not may_cut(self._model, self._width):
+            if not by_length and not has_hooks(self._model):
                 prompts = [_nearer(ids, at) for ids, at in zip(prompts, positions, strict=True)]
             return self._read_as_it_is(prompts, positions, batch_size)
         cut = [
@@ -211,6 +212,9 @@ def _narrow(own_pass: OwnPass, part: nn.Module, shape: tuple[int, ...], tokens: 
         here.clear()
         if not args or not isinstance(args[0], Tensor) or args[0].shape[:2] != shape:
             return None
+        if any(isinstance(arg, Tensor) for arg in args[1:]):
+            # Bloom's takes the residual stream of all tokens, too.
+            return None
         device = args[0].device
         here.append((rows_N.to(device), at_N.to(device)))
         return (args[0][here[0]][None], *args[1:])
@@ -259,6 +263,18 @@ def _nearer(ids: Sequence[int], at: Sequence[int]) -> Sequence[int]:
     """A prompt without what stands far behind the last token asked for."""
     end = max(at, default=0) + 1
     return ids[:end] if len(ids) - end > _FAR else ids
+
+
+def rotates_by_length(config: Any) -> bool:
+    """Whether a token's position is rotated otherwise in a longer text, or in a longer row's batch.
+
+    Such models (Phi-3's long versions) read every text whole and without padding.
+    """
+    said = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    ropes = [rope for rope in said if isinstance(rope, Mapping)]
+    ropes += [rope for outer in ropes for rope in outer.values() if isinstance(rope, Mapping)]
+    kinds = {rope.get("rope_type", rope.get("type")) for rope in ropes}
+    return bool(kinds & {"dynamic", "longrope"})
 
 
 def common_prefix(prompts: Sequence[list[int]]) -> list[int]:

@@ -87,7 +87,9 @@ def merge_adapter(model: Any, path: str | Path, base: str | None = None) -> Any:
     refuse_other_kinds(path)
     with turn(warnings), warnings.catch_warnings():
         # PEFT only warns where it leaves parts of an adapter out; `_check_fit` is stricter.
-        warnings.filterwarnings("ignore", message=".*missing adapter keys.*")
+        # Tied tables are dealt with, too.
+        for message in (".*missing adapter keys", ".*no longer tied", ".*tie_word_embeddings"):
+            warnings.filterwarnings("ignore", message=message)
         try:
             given = _shapes(path)
             part, lead = _trained_on(model, given)
