@@ -66,7 +66,7 @@ def attach(model: Any, nla: NLA) -> Probe:
     envoys = [_envoy_of(model, block) for block in blocks]
     tokenizer = getattr(model, "tokenizer", None)
     recorder = Recorder(
-        {envoy.path: ResidPost(i).name for i, envoy in enumerate(envoys)},
+        {envoy.path: i for i, envoy in enumerate(envoys)},
         nla,
         None if tokenizer is None else token_text(tokenizer),
     )
@@ -205,7 +205,7 @@ class _Probed(Envoy):
 
 
 class _ProbedBlock(_Probed):
-    """A block whose output knows where it comes from."""
+    """A block whose input and output know where they come from."""
 
     @property
     def output(self) -> Any:
@@ -217,6 +217,28 @@ class _ProbedBlock(_Probed):
     @output.setter
     def output(self, value: Any) -> None:
         self.nla_base.output.__set__(self, _ordinary(value))
+
+    @property
+    def input(self) -> Any:
+        """What enters the block; see `Envoy.input`."""
+        value = self.nla_base.input.__get__(self)
+        mediator = Mediator.current(f"{self.path}.input")
+        return self.nla_recorder.wrap(value, self.path, mediator.batch_group, entering=True)
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self.nla_base.input.__set__(self, _ordinary(value))
+
+    @property
+    def inputs(self) -> Any:
+        """The block's arguments; see `Envoy.inputs`."""
+        value = self.nla_base.inputs.__get__(self)
+        mediator = Mediator.current(f"{self.path}.input")
+        return self.nla_recorder.wrap_inputs(value, self.path, mediator.batch_group)
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        self.nla_base.inputs.__set__(self, _ordinary(value))
 
 
 class _ProbedModel(_Probed):
@@ -270,9 +292,9 @@ class _RecordingCache(Cache):
         """See `Cache.observe_selected`."""
         super().observe_selected(selected, value)
         path, slot = selected
-        if slot == "output":
-            entry = self.entries[path][-1]
-            entry.output = self.nla_recorder.wrap(entry.output, path, self.nla_rows)
+        entry, recorder = self.entries[path][-1], self.nla_recorder
+        tell = recorder.wrap if slot == "output" else recorder.wrap_inputs
+        setattr(entry, slot, tell(getattr(entry, slot), path, self.nla_rows))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: dict[str, Any] = vars(self) | {"model": None, "_open": {}}
@@ -291,6 +313,8 @@ def _ordinary(value: Any) -> Any:
         return value.as_ordinary()
     if type(value) is tuple:
         return tuple(_ordinary(part) for part in value)
+    if type(value) is dict:
+        return {name: _ordinary(part) for name, part in value.items()}
     return value
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nla_lens.nla import NLA
+from nla_lens.stream.hook_point import ResidPost
 from nla_lens.stream.origin import Origin, where_of_pass
 from nla_lens.stream.residual import ResidualTensor
 
@@ -36,15 +37,15 @@ class Recorder:
     """
 
     def __init__(
-        self, names: Mapping[str, str], nla: NLA, to_token: Callable[[int], str] | None
+        self, layers: Mapping[str, int], nla: NLA, to_token: Callable[[int], str] | None
     ) -> None:
         """Args:
-        names: Hook names by the envoys' paths.
+        layers: Blocks by their envoys' paths.
         nla: Who explains.
         to_token: Text of a token id, where there is a tokenizer.
         """
         self.active = True
-        self._names, self._nla, self._to_token = names, nla, to_token
+        self._layers, self._nla, self._to_token = layers, nla, to_token
         self._run = _Run()
 
     @contextlib.contextmanager
@@ -69,18 +70,22 @@ class Recorder:
             handle.remove()
             run.where_BT3 = outer
 
-    def wrap(self, value: Any, path: str, rows: list[int] | None) -> Any:
+    def wrap(self, value: Any, path: str, rows: list[int] | None, *, entering: bool = False) -> Any:
         """A block's output, its residual stream viewed as a ResidualTensor.
 
         Args:
-            value: A tensor `[B, T, d]`, or a tuple that begins with it.
+            value: A tensor `[B, T, d]`, or a tuple or dict that begins with it.
             path: The block's envoy path.
             rows: First row and number of rows of the invoke that reads it; None for all.
+            entering: It is the block's input.
         """
         if type(value) is tuple and value:
-            return (self.wrap(value[0], path, rows), *value[1:])
+            return (self.wrap(value[0], path, rows, entering=entering), *value[1:])
+        if type(value) is dict and value:
+            first = next(iter(value))
+            return value | {first: self.wrap(value[first], path, rows, entering=entering)}
         # Nothing else is looked into: under `scan` values are fake tensors.
-        if not self.active or path not in self._names or type(value) is not Tensor:
+        if not self.active or path not in self._layers or type(value) is not Tensor:
             return value
         where_BT3 = self._run.where_BT3
         if where_BT3 is not None and rows is not None and len(where_BT3) != len(value):
@@ -89,16 +94,24 @@ class Recorder:
             where_BT3[..., 0] -= start
         if where_BT3 is None or where_BT3.shape[:-1] != value.shape[:-1]:
             return value
-        resid = ResidualTensor.wrap(value, self._origin(path, where_BT3))
+        resid = ResidualTensor.wrap(value, self._origin(path, where_BT3, entering))
         if resid.requires_grad:
             # The view is not what the loss was computed from: nnsight then reads the gradient of
             # what it is a view of, as it does for the rows of an invoke.
             resid._nnsight_batch = True  # type: ignore[attr-defined]
         return resid
 
+    def wrap_inputs(self, value: Any, path: str, rows: list[int] | None) -> Any:
+        """A block's `(args, kwargs)`, the first of which is the residual stream."""
+        args, kwargs = value
+        if args:
+            return self.wrap(args, path, rows, entering=True), kwargs
+        return args, self.wrap(kwargs, path, rows, entering=True)
+
     def origin(self, path: str, where_BT3: Tensor) -> Origin | None:
         """What is known of a block's output; None for another module."""
-        return self._origin(path, where_BT3) if path in self._names else None
+        return self._origin(path, where_BT3) if path in self._layers else None
 
-    def _origin(self, path: str, where_BT3: Tensor) -> Origin:
-        return Origin(self._names[path], where_BT3, self._to_token, self._nla)
+    def _origin(self, path: str, where_BT3: Tensor, entering: bool = False) -> Origin:
+        place = ResidPost(self._layers[path] - entering)
+        return Origin(place.name, where_BT3, self._to_token, self._nla)

@@ -5,21 +5,22 @@
 >>> cache["resid_post", 20][0, -1].explain()
 
 Serves TransformerBridge (3.x, 4.x) and HookedTransformer (2.x, 3.x). Attaching shadows
-`run_with_cache` on the one instance (and a HookedTransformer's `forward`, so that it takes what was
-recorded): the run itself is TransformerLens' own, and what comes back is viewed, not copied.
+`run_with_cache` and `forward` on the one instance: the run itself is TransformerLens' own, and what
+comes back is viewed, not copied. For hooks see `nla_lens.adapters.transformer_bridge_live`.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nla_lens.adapters.transformer_bridge_live import Live
 from nla_lens.adapters.transformer_bridge_run import Run
 from nla_lens.engines.local.transformer_lens import let_attention_find_its_cache, resid_post
 from nla_lens.errors import NLAError
@@ -66,7 +67,8 @@ def attach(model: Any, nla: NLA) -> Probe:
         what=f"this {type(model).__name__}",
     )
     _refuse_centred(model)
-    shadows = _shadows(model, nla)
+    live = Live(model, nla)
+    shadows = _shadows(model, nla, live)
     own.update(shadows)
     # What is recorded behind a cache has to be what the model computes there.
     bridged = hasattr(model, "original_model")
@@ -75,6 +77,7 @@ def attach(model: Any, nla: NLA) -> Probe:
     def undo() -> None:
         for handle in handles:
             handle.remove()
+        live.undo()
         for name, shadow in shadows.items():
             if own.get(name) is shadow:
                 del own[name]
@@ -82,16 +85,15 @@ def attach(model: Any, nla: NLA) -> Probe:
     return Probe(model, nla, undo)
 
 
-def _shadows(model: Any, nla: NLA) -> dict[str, MethodType]:
+def _shadows(model: Any, nla: NLA, live: Live) -> dict[str, MethodType]:
     """What attaching puts into the model's `__dict__`.
 
     Bound methods, so that a deep copy of the model runs itself and not the original.
     """
     cls = type(model)
-    functions = {_METHOD: _recording(cls, nla)}
-    hooked = any(base.__name__ == "HookedTransformer" for base in cls.__mro__)
-    if hooked and "forward" not in vars(model):
-        functions["forward"] = _accepting(cls)
+    functions = {_METHOD: _recording(cls, nla, live)}
+    if "forward" not in vars(model):
+        functions["forward"] = _running(cls, live)
     return {name: MethodType(function, model) for name, function in functions.items()}
 
 
@@ -159,7 +161,7 @@ class TransformerLensSource:
         return frozenset(find_eos_ids(wrapped))
 
 
-def _recording(cls: Any, nla: NLA) -> Callable[..., Any]:
+def _recording(cls: Any, nla: NLA, live: Live) -> Callable[..., Any]:
     """`run_with_cache` whose residual entries know where they came from."""
     original = cls.run_with_cache
     positional = _positional_names(cls)
@@ -169,25 +171,29 @@ def _recording(cls: Any, nla: NLA) -> Callable[..., Any]:
         _refuse_centred(model)
         run = Run(model, dict(zip(positional, args, strict=False)) | kwargs)
         # TransformerLens caches whatever passes the model meanwhile, so none of ours may.
-        with turn(stack_of(model)), run.watching():
+        with turn(stack_of(model)), live.caching(run):
             output, cache = original(model, *args, **kwargs)
-        _wrap_entries(getattr(cache, "cache_dict", cache), model.cfg.n_layers, run, nla)
+        names = residual_names(model.cfg.n_layers) | live.dictionary_inputs(model)
+        _wrap_entries(getattr(cache, "cache_dict", cache), names, run, nla)
         return output, cache
 
     return run_with_cache
 
 
-def _accepting(cls: Any) -> Callable[..., Any]:
-    """`forward` that takes what a probe recorded as `start_at_layer`'s input.
+def _running(cls: Any, live: Live) -> Callable[..., Any]:
+    """`forward` whose hooks can explain, and that takes what a probe recorded as its input.
 
     HookedTransformer insists on a tensor that is of no subclass.
     """
     original = cls.forward
+    positional = _names_of(original)
 
     @functools.wraps(original)
     def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+        plain_args = [_ordinary(value) for value in args]
         plain = {name: _ordinary(value) for name, value in kwargs.items()}
-        return original(model, *map(_ordinary, args), **plain)
+        with live.running(model, dict(zip(positional, plain_args, strict=False)) | plain):
+            return original(model, *plain_args, **plain)
 
     return forward
 
@@ -201,14 +207,20 @@ def _positional_names(cls: Any) -> tuple[str, ...]:
 
     TransformerBridge names its own; HookedTransformer hands them on to `forward`.
     """
-    for method in (cls.run_with_cache, cls.forward):
-        parameters = list(inspect.signature(method).parameters.values())[1:]
-        if all(p.kind is not p.VAR_POSITIONAL for p in parameters):
-            return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-    return ()
+    return _names_of(cls.run_with_cache) or _names_of(cls.forward)
 
 
-def _wrap_entries(entries: MutableMapping[str, Any], n_blocks: int, run: Run, nla: NLA) -> None:
+def _names_of(method: Any) -> tuple[str, ...]:
+    """Names of positional arguments; () where any number of them is taken."""
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return ()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def _wrap_entries(
+    entries: MutableMapping[str, Any], names: Mapping[str, str], run: Run, nla: NLA
+) -> None:
     where_LX3 = run.where()
     if where_LX3 is None:
         return
@@ -216,7 +228,7 @@ def _wrap_entries(entries: MutableMapping[str, Any], n_blocks: int, run: Run, nl
     # TransformerBridge caches each tensor under two names; it is the same one afterwards, too.
     wrapped: dict[int, ResidualTensor] = {}
     # Looked up by name: the cache has ten times as many entries.
-    for key, hook_name in residual_names(n_blocks).items():
+    for key, hook_name in names.items():
         value = entries.get(key)
         if value is None:
             continue

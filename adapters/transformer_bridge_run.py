@@ -1,4 +1,4 @@
-"""Rows, positions and tokens of what one `run_with_cache` of TransformerLens recorded.
+"""Rows, positions and tokens of what one run of TransformerLens records.
 
 Positions count from each row's first real token, whatever the padding side, a key-value cache, a
 `pos_slice` or a `start_at_layer`.
@@ -7,6 +7,7 @@ Positions count from each row's first real token, whatever the padding side, a k
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,7 +30,7 @@ class Run:
     def __init__(self, model: Any, said: Mapping[str, Any]) -> None:
         """Args:
         model: The model.
-        said: The arguments of `run_with_cache` by name.
+        said: The arguments of `run_with_cache`, or of `forward`, by name.
         """
         self._model, self._said = model, said
         self._seen: list[Tensor] = []
@@ -59,11 +60,19 @@ class Run:
 
     def where(self) -> Tensor | None:
         """`[*leading, 3]` of what was cached; None where nothing is known."""
+        where_BT3 = self.where_BT3
+        if where_BT3 is None:
+            return None
+        where_LX3 = _sliced(where_BT3, self._said.get("pos_slice"))
+        return where_LX3[0] if self._said.get("remove_batch_dim") else where_LX3
+
+    @functools.cached_property
+    def where_BT3(self) -> Tensor | None:
+        """`[B, T, 3]` of what runs, once it is past the embedding; None where nothing is known."""
         ids_BT = self._ids()
         if ids_BT is None or ids_BT.ndim != 2:
             return None
-        where_LX3 = _sliced(locate(ids_BT, self._mask(ids_BT)), self._said.get("pos_slice"))
-        return where_LX3[0] if self._said.get("remove_batch_dim") else where_LX3
+        return locate(ids_BT, self._mask(ids_BT))
 
     def _ids(self) -> Tensor | None:
         """Token ids `[B, T]`, -1 for each where a residual stream or embeddings came in instead."""

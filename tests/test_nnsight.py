@@ -141,7 +141,7 @@ def test_cache_and_edits(open_model: Callable[..., Any], nla: NLA) -> None:
         with model.trace(SHORT):
             # The residual goes back in: what runs on is an ordinary tensor.
             blocks(model)[K].output = blocks(model)[K - 1].output
-            kind = nnsight.save(type(blocks(model)[K + 1].input))
+            kind = nnsight.save(type(blocks(model)[K + 1].input_layernorm.input))
     assert kind is torch.Tensor
     assert type(cached[blocks(model)[K].mlp.path].output) is torch.Tensor
     from_cache = cached[blocks(model)[K].path].output
@@ -274,3 +274,60 @@ def test_recorded_residuals_outlive_the_probe(open_model: Callable[..., Any], nl
         h = blocks(model)[K].output.save()
     assert h[0, -1].explain(max_new_tokens=1).token is not None
     assert type(pickle.loads(pickle.dumps(h.detach()))) is torch.Tensor
+
+
+def test_the_input_of_a_block_is_what_leaves_the_one_before(
+    open_model: Callable[..., Any], nla: NLA, hidden: Callable[..., torch.Tensor]
+) -> None:
+    model = open_model()
+    with nla_lens.attach(model, nla):
+        with model.trace(TEXT) as tracer:
+            first = blocks(model)[0].input.save()
+            entering = blocks(model)[K + 1].input.save()
+            inputs = nnsight.save(blocks(model)[K + 2].inputs)
+            leaving = blocks(model)[K + 2].output.save()
+        with model.trace(TEXT) as tracer:
+            cached = tracer.cache(modules=[blocks(model)[K + 1]], include_inputs=True)
+        with model.trace([TEXT, SHORT]):
+            padded = blocks(model)[K + 1].input.save()
+    leaving = leaving[0] if isinstance(leaving, tuple) else leaving
+    given = inputs[0][0] if inputs[0] else inputs[1]["hidden_states"]
+    entry = cached[blocks(model)[K + 1].path]
+    for resid, place in (
+        (first, "blocks.0.hook_resid_pre"),
+        (entering, f"blocks.{K}.hook_resid_post"),
+        (given, f"blocks.{K + 1}.hook_resid_post"),
+        (leaving, f"blocks.{K + 2}.hook_resid_post"),
+        (entry.input, f"blocks.{K}.hook_resid_post"),
+    ):
+        assert isinstance(resid, ResidualTensor) and resid.hook_name == place
+        assert resid.origin.where_LX3[0, :, 1].tolist() == list(range(resid.shape[1]))
+    assert torch.equal(entering[0].as_ordinary(), hidden("llama", TEXT))
+    found = entering[0, -1].explain(max_new_tokens=4)
+    assert found.token_ids == nla.explain(hidden("llama", TEXT)[-1], max_new_tokens=4).token_ids
+    assert "other_layer" not in found.flags
+    assert "other_layer" in given[0, -1].explain(max_new_tokens=1).flags
+    n_short = len(hidden("llama", SHORT))
+    assert padded.origin.where_LX3[1, -n_short:, 1].tolist() == list(range(n_short))
+
+
+def test_the_input_of_a_block_is_written_as_without_a_probe(
+    open_model: Callable[..., Any], nla: NLA
+) -> None:
+    model = open_model()
+
+    def run() -> tuple[Any, ...]:
+        with model.trace(TEXT):
+            blocks(model)[1].input[:, -1] = 2.0
+            blocks(model)[2].input = blocks(model)[1].output
+            args, kwargs = blocks(model)[3].inputs
+            blocks(model)[3].inputs = args, kwargs
+            kind = nnsight.save(type(blocks(model)[3].input_layernorm.input))
+            logits = model.output.logits.save()
+        return kind, logits
+
+    plain = run()
+    with nla_lens.attach(model, nla):
+        found = run()
+    assert found[0] is plain[0] is torch.Tensor
+    assert torch.equal(found[1], plain[1])
