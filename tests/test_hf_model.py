@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import nla_lens
 from nla_lens import NLA, NLAError, ResidualTensor
 from nla_lens.models.anatomy import blocks_of, text_model
+from nla_lens.models.cache_keyword import cache_keyword
 from nla_lens.models.passes import has_hooks
 from nla_lens.models.weights import load_causal_lm, load_tokenizer
 from nla_lens.stream.origin import PADDING, UNKNOWN
@@ -196,20 +197,24 @@ def test_positions_go_on_behind_a_cache(family: str, make: Callable[..., Any], n
         second = model(
             input_ids=ids[:, 4:],
             attention_mask=mask,
-            past_key_values=first.past_key_values,
             output_hidden_states=True,
+            **kept(model, first),
         )
     where = second.hidden_states[2].origin.where_LX3
     assert where[..., 1].equal(wanted_positions(mask)[:, 4:])
     assert where[..., 2].equal(ids[:, 4:])
     with nla_lens.attach(model, nla), torch.no_grad():
         first = model(input_ids=ids[:1, :4], use_cache=True)
-        second = model(
-            input_ids=ids[:1, 4:], past_key_values=first.past_key_values, output_hidden_states=True
-        )
+        second = model(input_ids=ids[:1, 4:], output_hidden_states=True, **kept(model, first))
     assert second.hidden_states[2].origin.where_LX3[0, :, 1].tolist() == list(
         range(4, ids.shape[1])
     )
+
+
+def kept(model: Any, output: Any) -> dict[str, Any]:
+    """The cache of a pass, as the next one takes it."""
+    keyword = cache_keyword(model)
+    return {keyword: output[keyword]}
 
 
 def test_generation(family: str, make: Callable[..., Any], nla: NLA) -> None:

@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.models.llama import modeling_llama as llama
 
 from nla_lens import NLA, NLAError
 from nla_lens.engines.local import self_check, shared_prefix
 from nla_lens.models import block_reader
-from nla_lens.models.cache_keyword import NAMES, cache_keyword
+from nla_lens.models.cache_keyword import NAMES, cache_among, cache_keyword
 from nla_lens.models.kv_cache import RoomyLayer
+from nla_lens.stream.origin import where_of_pass
 
 from .checkpoints import FAMILIES
 
@@ -270,6 +272,21 @@ def test_the_keyword_is_read_from_the_signature() -> None:
     assert cache_keyword(Takes().new) == "cache"
     assert cache_keyword(Takes().old) == "past_key_values"
     assert cache_keyword(Takes().anything) == "past_key_values"
+
+
+@pytest.mark.parametrize("keyword", NAMES)
+def test_a_cache_is_found_under_either_name(keyword: str) -> None:
+    past = Cache(layer_class_to_replicate=RoomyLayer)
+    past.update(torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 5, 4), 0)
+    assert cache_among({"use_cache": True, keyword: past}) is past
+    assert cache_among(dict.fromkeys(NAMES) | {keyword: past}) is past
+    where_BT3 = where_of_pass((), {"input_ids": torch.tensor([[7, 8], [9, 7]]), keyword: past})
+    assert where_BT3 is not None and where_BT3[..., 1].tolist() == [[5, 6], [5, 6]]
+
+
+def test_no_cache_is_none() -> None:
+    assert cache_among({"use_cache": True}) is None
+    assert cache_among(dict.fromkeys(NAMES)) is None
 
 
 def test_the_keyword_of_a_wrapped_model(av: Path) -> None:

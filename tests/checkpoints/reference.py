@@ -10,6 +10,7 @@ whole sequence before it, without a cache, and one row at a time is run where ro
     x_hat = ar.vector("some text")          # [d]
 """
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -221,7 +222,9 @@ class AV:
             embeds = self._replaced(embeds, vectors_ND)
         elif vectors_ND is not None:
             hook = self._add_at_block_1(vectors_ND)
-        options = {"use_cache": False} if cache is None else {"past_key_values": cache}
+        named = inspect.signature(self.model.forward).parameters
+        takes_cache_as = "cache" if "cache" in named else "past_key_values"
+        options = {"use_cache": False} if cache is None else {takes_cache_as: cache}
         hidden = self.model(inputs_embeds=embeds, **options).last_hidden_state
         if hook is not None:
             hook.remove()
