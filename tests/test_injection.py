@@ -8,7 +8,6 @@ import torch
 from nla_lens import NLAError, ResidPost
 from nla_lens.stream.injection import (
     NORM_MATCHED_ADD_AT,
-    fill,
     find_marker,
     norm_matched_add,
     norms,
@@ -16,6 +15,7 @@ from nla_lens.stream.injection import (
     rescale,
     unit,
 )
+from nla_lens.stream.template import fill
 
 from .checkpoints import vectors
 

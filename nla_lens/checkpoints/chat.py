@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from nla_lens.checkpoints.spec import NLASpec
+from nla_lens.checkpoints.user_turn import user_turn
 from nla_lens.checks import naming
 from nla_lens.errors import NLAError
 from nla_lens.models.tokens import render_chat
-from nla_lens.stream.injection import fill, find_marker
+from nla_lens.stream.injection import find_marker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,34 +22,6 @@ class Prompt:
 
     ids: tuple[int, ...]
     marker: int
-
-
-LAYER: Final = "{layer}"
-"""Stands in a template where K goes: one verbalizer for several layers."""
-# A name in braces is a place to fill in; anything else in braces is text.
-_PLACEHOLDER: Final = re.compile(r"\{([a-z_]+)\}")
-
-
-def user_turn(spec: NLASpec) -> str:
-    """The sidecar's template with the marker and, where it asks for it, the layer put in.
-
-    Raises:
-        NLAError: Not one place for the marker, or a place nobody knows what to put in.
-    """
-    template = spec.av_template
-    unknown = set(_PLACEHOLDER.findall(template)) - {"injection_char", "layer"}
-    if unknown:
-        raise NLAError(
-            f"the template has a place for {sorted(unknown)}, and nothing says what goes there "
-            "(known are {injection_char} and {layer}, which becomes K)"
-        )
-    if LAYER in template:
-        if spec.layer is None:
-            raise NLAError(
-                f"the template has a place for {LAYER}, and no layer is known; pass layer="
-            )
-        template = fill(template, LAYER, str(spec.layer))
-    return fill(template, "{injection_char}", spec.injection_char)
 
 
 def canonical_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> Prompt:

@@ -56,9 +56,10 @@ class Checkpoint:
         return read_sidecar(self._nearest(SIDECAR_NAME) or self.path)
 
     @property
-    def has_sidecar(self) -> bool:
-        """Whether there is one at all."""
-        return self._nearest(SIDECAR_NAME) is not None
+    def sidecar_path(self) -> Path | None:
+        """Its own sidecar, or the nearest one above it."""
+        home = self._nearest(SIDECAR_NAME)
+        return None if home is None else home / SIDECAR_NAME
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -289,10 +290,10 @@ def _fetch_mean(
     opened: Checkpoint, root: Path, repo: str, revision: str | None, files: frozenset[str]
 ) -> None:
     """Fetches the mean that a sidecar names, which lies beside it."""
-    home = opened.sidecar.path.parent if opened.has_sidecar else None
-    mean = opened.sidecar.centre_mean if home else None
-    if home is None or mean is None:
+    path = opened.sidecar_path
+    mean = opened.sidecar.centre_mean if path else None
+    if path is None or mean is None:
         return
-    beside = join(_relative(home, root), mean)
+    beside = join(_relative(path.parent, root), mean)
     if beside in files:
         hub.download(repo, revision, [beside])

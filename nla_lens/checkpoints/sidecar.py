@@ -109,10 +109,15 @@ def read_sidecar(directory: Path) -> Sidecar:
             and the key.
     """
     path = directory / SIDECAR_NAME
-    return parse_sidecar(_load_yaml(path), path)
+    return parse_sidecar(read_raw(path), path)
 
 
-def _load_yaml(path: Path) -> Mapping[str, Any]:
+def read_raw(path: Path) -> Mapping[str, Any]:
+    """A sidecar as it stands there.
+
+    Raises:
+        NLAError: No such file, not YAML, or too large.
+    """
     if not path.exists() or path.is_dir():
         raise NLAError(
             f"no {SIDECAR_NAME} in {path.parent}: not an NLA checkpoint, or one whose sidecar was "

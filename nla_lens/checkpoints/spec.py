@@ -189,7 +189,7 @@ def build_spec(
     return NLASpec(**values, origins=origins)
 
 
-def read_spec(
+def read_pair(
     name: str | Path | None = None,
     *,
     av: str | Path | None = None,
@@ -201,8 +201,8 @@ def read_spec(
     subfolder: str | Mapping[str, str] | None = None,
     base: Bases = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> NLASpec:
-    """What a checkpoint says of itself, without its weights.
+) -> tuple[NLASpec, Checkpoint]:
+    """What a checkpoint says of itself, without its weights, and its verbalizer's files.
 
     Raises:
         NLAError: Not an NLA, incomplete or contradictory, as far as the small files tell.
@@ -215,7 +215,7 @@ def read_spec(
             ("av", "ar"), partial(open_checkpoint, revision=revision, weights=False)
         ),
     )
-    return build_spec(
+    spec = build_spec(
         opened_av,
         opened_ar,
         injection=injection,
@@ -223,6 +223,12 @@ def read_spec(
         layer=layer,
         chat_template_kwargs=chat_template_kwargs,
     )
+    return spec, opened_av
+
+
+def read_spec(name: str | Path | None = None, **options: Any) -> NLASpec:
+    """What a checkpoint says of itself; arguments and errors as of `read_pair`."""
+    return read_pair(name, **options)[0]
 
 
 def _settle_tokens(side: Sidecar, ar_side: Sidecar | None, settle: Any) -> None:

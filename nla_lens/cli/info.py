@@ -10,9 +10,11 @@ from rich.text import Text
 
 from nla_lens.cli.options import spec_options
 from nla_lens.cli.output import print_json, print_table
+from nla_lens.errors import NLAError
 from nla_lens.foreign import harmless
 
 if TYPE_CHECKING:
+    from nla_lens.checkpoints.files import Checkpoint
     from nla_lens.checkpoints.spec import NLASpec
 
 
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no table.")
 def info(checkpoint: str, as_json: bool, **options: Any) -> None:
     """Say what CHECKPOINT is, and where each value comes from; loads no weights."""
-    from nla_lens.checkpoints.spec import read_spec
+    from nla_lens.checkpoints.spec import read_pair
 
-    spec = read_spec(checkpoint, **options)
+    spec, av = read_pair(checkpoint, **options)
     if as_json:
         rows = {name: (getattr(spec, name), origin) for name, _, origin in spec.rows()}
         described = {
@@ -35,6 +37,20 @@ def info(checkpoint: str, as_json: bool, **options: Any) -> None:
         print_json(described)
     else:
         print_table(spec_table(spec, title=checkpoint))
+    warn_of_open_block(spec, av)
+
+
+def warn_of_open_block(spec: NLASpec, av: Checkpoint) -> None:
+    """Says on stderr that the prompt ends inside a block of thought, where it does."""
+    from nla_lens.checkpoints.open_block import open_block_of, warning
+
+    try:
+        tag = open_block_of(spec, av)
+    except NLAError:
+        # A base's tokenizer may be elsewhere; what is wrong with a template loading will say.
+        return
+    if tag is not None:
+        click.echo(f"nla-lens: warning: {warning(harmless(tag))}", err=True)
 
 
 def spec_table(spec: NLASpec, *, title: str) -> Table:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from nla_lens.checkpoints.open_block import open_block_in, warning
 from nla_lens.cli.output import Finding
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.flags import is_cjk, is_injection_suspect
@@ -45,6 +46,7 @@ def check_injection(nla: NLA, *, n_vectors: int = _N_VECTORS, seed: int = 0) -> 
         _repeatable(texts, again, alone),
         _not_the_marker(nla, explained),
         _not_cjk(texts),
+        _outside_thought(nla),
     ]
     if nla.spec.injection == "replace":
         findings.insert(0, _embedding(nla, vectors_ND))
@@ -124,6 +126,17 @@ def _not_cjk(texts: list[str]) -> Finding:
         cjk < len(texts) / 2,
         f"{cjk} of {len(texts)} are",
     )
+
+
+def _outside_thought(nla: NLA) -> Finding:
+    """The chat template leaves the assistant to answer, and not to think."""
+    verbalizer = nla.verbalizer
+    rendered = verbalizer.tokenizer.decode(verbalizer.prompt_ids, skip_special_tokens=False)
+    tag = open_block_in(nla.spec, rendered, verbalizer.tokenizer.chat_template)
+    options = dict(nla.spec.chat_template_kwargs)
+    detail = f"chat_template_kwargs {options}" if options else "nothing is opened behind the turn"
+    name = "the prompt does not end inside a block of thought"
+    return Finding(name, tag is None, detail if tag is None else warning(tag))
 
 
 def _leads_back(nla: NLA, texts: list[str], vectors_ND: Tensor) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +11,22 @@ import click
 from nla_lens.errors import NLAError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class JsonObject(click.ParamType):
+    """A mapping, written as JSON."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            self.fail(f"{value!r:.80} is no JSON object", param, ctx)
+        return found
+
 
 _HALVES = [
     click.option(
@@ -28,6 +45,13 @@ _SPEC = [
     ),
     click.option("--injection-scale", type=float, help="The norm vectors are injected at."),
     click.option("--layer", type=int, help="K, where neither sidecar nor known release says it."),
+    click.option("--subfolder", help="The folder in what is named."),
+    click.option("--base", help="What LoRA halves go onto, instead of what they name."),
+    click.option(
+        "--chat-template-kwargs",
+        type=JsonObject(),
+        help="""What the chat template is given besides, as in '{"enable_thinking": false}'.""",
+    ),
 ]
 _LOADING = [
     click.option("--dtype", help="float32, bfloat16 or float16; default: what config.json says."),

@@ -16,7 +16,7 @@ from nla_lens.checks import is_unicode, naming
 from nla_lens.engines import ReconstructorEngine
 from nla_lens.errors import NLAError
 from nla_lens.models.ambient import undisturbed
-from nla_lens.stream.injection import fill
+from nla_lens.stream.template import fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
