@@ -21,14 +21,13 @@ from typing import Any, Final
 
 import torch
 from nnsight.intervention.backends.remote import RemoteBackend
-from nnsight.intervention.cache import Cache
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Mediator
-from nnsight.intervention.tracer import InterleavingTracer
 from torch import Tensor, nn
 
 from nla_lens.adapters.nnsight_remote import explaining
 from nla_lens.adapters.nnsight_run import Recorder
+from nla_lens.adapters.nnsight_tracer import RecordingTracer, reduced
 from nla_lens.engines.local.nnsight_threads import let_threads
 from nla_lens.engines.ndif.source import NDIFSource, open_remote_source
 from nla_lens.errors import NLAError
@@ -201,7 +200,7 @@ class _Probed(Envoy):
     nla_recorder: Recorder
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new(self.nla_base, self.__getstate__())
+        return reduced(self.nla_base, self.__getstate__())
 
 
 class _ProbedBlock(_Probed):
@@ -253,7 +252,7 @@ class _ProbedModel(_Probed):
         if isinstance(backend, RemoteBackend):
             explaining(backend, self.nla_recorder)
         elif tracer_cls is None and not remote and backend is None:
-            tracer_cls = _RecordingTracer
+            tracer_cls = RecordingTracer
         return super().trace(*inputs, tracer_cls=tracer_cls, **kwargs)
 
     def interleave(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -269,42 +268,6 @@ class _ProbedModel(_Probed):
         # The alias LanguageModel answers the class it stands for by itself.
         cls: type = super()._remoteable_class()
         return self.nla_base if cls is type(self) else cls
-
-
-class _RecordingTracer(InterleavingTracer):
-    """A tracer whose `cache()` holds residuals that know where they came from."""
-
-    def cache(self, *args: Any, **kwargs: Any) -> Any:
-        """See `InterleavingTracer.cache`."""
-        view = super().cache(*args, **kwargs)
-        mediator = Mediator.current("tracer.cache()")
-        cache = mediator.caches[-1]
-        cache.__class__ = _RecordingCache
-        cache.nla_recorder, cache.nla_rows = self.envoy.nla_recorder, mediator.batch_group
-        return view
-
-
-class _RecordingCache(Cache):
-    nla_recorder: Recorder
-    nla_rows: list[int] | None
-
-    def observe_selected(self, selected: tuple[str, str], value: Any) -> None:
-        """See `Cache.observe_selected`."""
-        super().observe_selected(selected, value)
-        path, slot = selected
-        entry, recorder = self.entries[path][-1], self.nla_recorder
-        tell = recorder.wrap if slot == "output" else recorder.wrap_inputs
-        setattr(entry, slot, tell(getattr(entry, slot), path, self.nla_rows))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state: dict[str, Any] = vars(self) | {"model": None, "_open": {}}
-        del state["nla_recorder"], state["nla_rows"]
-        return _new(Cache, state)
-
-
-def _new(cls: type, state: Any) -> tuple[Any, ...]:
-    """What `__reduce_ex__` answers for an object of class `cls`."""
-    return object.__new__, (cls,), state
 
 
 def _ordinary(value: Any) -> Any:
