@@ -110,16 +110,14 @@ def test_sources_of_a_large_width(tokenizer: Any, monkeypatch: Any, name: str) -
     same(nla_lens.extract(model, TEXTS, LAYER, positions=0, tokenizer=tokenizer), firsts, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rotations_that_go_by_the_length(tokenizer: Any, monkeypatch: Any, kind: str) -> None:
+def test_rotations_that_go_by_the_length(tokenizer: Any, monkeypatch: Any) -> None:
     """In a long text each token is rotated otherwise; cutting or padding would change them."""
     monkeypatch.setattr(block_reader, "WIDE", 0)
-    config = families.config("phi3" if kind == "longrope" else "mistral")
-    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0}
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-        config.original_max_position_embeddings = rope["original_max_position_embeddings"] = 8
-    config.rope_parameters, config.max_position_embeddings = rope, 16
+    config = families.config("phi3")
+    rope = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config.original_max_position_embeddings = rope["original_max_position_embeddings"] = 8
+    config.rope_parameters, config.max_position_embeddings = rope, 64
     model = families.randomize(AutoModel.from_config(config), 0).eval()
     by_hand = [states(model, tokenizer(text)["input_ids"])[LAYER + 1] for text in TEXTS]
     assert max(map(len, by_hand)) > 20 > min(map(len, by_hand))
