@@ -7,11 +7,13 @@ A few hundred files in the default suite, the same ones every time. Many more, a
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import shutil
 import struct
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +24,20 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import save
 
-from nla_lens import NLAError
+from nla_lens import NLAError, NLAWarning
+from nla_lens.adapters.dictionaries.feature_table import FeatureExplanations
 from nla_lens.checkpoints.chat import canonical_prompt
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import build_spec
+from nla_lens.foreign import harmless, to_json
 from nla_lens.halves.reconstructor import check_prompt, load_head
-from nla_lens.models.weights import load_backbone, load_tokenizer
+from nla_lens.models.weights import load_backbone, load_configs, load_tokenizer
+from nla_lens.results.display import to_html, to_table
+from nla_lens.results.explanation import Explanation
+from nla_lens.results.explanations import Explanations
 
 from .checkpoints import reference
 
@@ -372,6 +380,88 @@ def test_value_heads_with_other_headers(
 def test_value_heads_of_other_tensors(small: Small, tensors: list) -> None:
     named = {name: tensor(shape, dtype, value) for name, shape, dtype, value in tensors}
     read_head(small, save(named))
+
+
+# --- what transformers reads ---
+
+
+@given(
+    name=st.sampled_from(["generation_config.json", "tokenizer_config.json", "tokenizer.json"]),
+    changes=CHANGES,
+)
+@examples(0.1)
+def test_small_files_with_other_values(small: Small, name: str, changes) -> None:
+    path = small.ar / name
+    before = path.read_bytes()
+    made = changed(json.loads(before), changes, [("eos_token_id",), ("model_max_length",)])
+    try:
+        path.write_text(json.dumps(made, default=repr))
+        small.run(lambda: load_configs(small.ar))
+        small.run(lambda: load_tokenizer(small.ar))
+    finally:
+        path.write_bytes(before)
+
+
+@given(
+    name=st.sampled_from(["generation_config.json", "tokenizer_config.json", "config.json"]),
+    at=st.integers(0, 5000),
+    cut=st.integers(0, 200),
+    content=st.binary(max_size=6)
+    | st.sampled_from([b"NaN", b'"\\ud800"', b"[" * 200, b"{", b"1e999"]),
+)
+@examples(0.1)
+def test_small_files_with_a_piece_replaced(
+    small: Small, name: str, at: int, cut: int, content: bytes
+) -> None:
+    path = small.ar / name
+    before = path.read_bytes()
+    at %= len(before)
+    try:
+        path.write_bytes(before[:at] + content + before[at + cut :])
+        small.run(lambda: load_configs(small.ar))
+        small.run(lambda: load_tokenizer(small.ar))
+    finally:
+        path.write_bytes(before)
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def view(found: Explanations) -> None:
+    """All the ways in which explanations are looked at."""
+    assert to_html(found.flat, whole_page=True).encode("utf-8")
+    assert found.to_pandas().to_csv().encode("utf-8") and repr(found)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(to_table(found.flat))
+    printed = console.file.getvalue()
+    assert harmless(printed) == printed
+    assert to_json(found.to_dict()).encode("utf-8")
+
+
+@given(
+    values=st.dictionaries(
+        st.sampled_from([*Explanation.TYPES, "index", "sign", "x"]),
+        VALUES | st.characters(),
+        max_size=5,
+    ),
+    cut=st.none() | st.integers(0, 400),
+    content=st.binary(max_size=6),
+)
+@examples(0.3)
+def test_results_of_anything(small: Small, values: dict, cut: int | None, content: bytes) -> None:
+    good = Explanation("a\x1b\x9b\u202e", "b", [1], True, 1.0, token="\ud800", flags=("\x1b",))
+    path = small.ar / "results.jsonl"
+    form, about = Explanations.LINES, {"shape": [2], "about": {}}
+    lines = [good.to_dict(), json.loads(json.dumps({**good.to_dict(), **values}, default=repr))]
+    written = form.header(about) + "".join(to_json(line) + "\n" for line in lines)
+    whole = written.encode("utf-8", "surrogatepass")
+    at = len(whole) if cut is None else cut % len(whole)
+    path.write_bytes(whole[:at] + content + whole[at:])
+    small.run(lambda: view(Explanations.load(path)))
+    path.write_bytes(path.read_bytes().replace(b"nla_lens.explanations", b"nla_lens.features"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NLAWarning)
+        small.run(lambda: view(FeatureExplanations.load(path)))
 
 
 # --- that it can fail ---------------------------------------------------------------------------

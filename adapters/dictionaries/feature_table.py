@@ -80,6 +80,8 @@ class FeatureExplanation(Explanation):
 class FeatureExplanations(Explanations):
     """Explanations of latents, in the order they were asked for."""
 
+    RECORD: ClassVar[type[Explanation]] = FeatureExplanation
+
     def __init__(self, items: Iterable[FeatureExplanation], shape: Sequence[int] | None = None):
         """Args:
         items: In the order they are shown.

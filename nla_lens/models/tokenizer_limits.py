@@ -40,7 +40,9 @@ def check_tokenizer(path: Path) -> None:
         _check_lengths(path, (t.get("content") for t in added if isinstance(t, Mapping)))
     model = found.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-    if isinstance(vocabulary, (dict, list)):
+    if isinstance(vocabulary, dict):
+        _check_length(path, max(map(len, vocabulary), default=0))
+    elif isinstance(vocabulary, list):
         _check_lengths(path, (t[0] if isinstance(t, list) and t else t for t in vocabulary))
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         growth = 1
@@ -59,7 +61,10 @@ def check_tokenizer(path: Path) -> None:
 
 
 def _check_lengths(path: Path, texts: Iterator[Any]) -> None:
-    longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+    _check_length(path, max((len(text) for text in texts if isinstance(text, str)), default=0))
+
+
+def _check_length(path: Path, longest: int) -> None:
     if longest > _LONGEST_TOKEN:
         raise NLAError(f"{path} has a token of {longest} characters")
 

@@ -32,6 +32,8 @@ class Explanations(Sequence["Explanation | Explanations"]):
     """
 
     LINES: ClassVar[Format] = Format("nla_lens.explanations", 1)
+    RECORD: ClassVar[type[Explanation]] = Explanation
+    """What it holds; the columns of a table without rows."""
 
     def __init__(self, items: Iterable[Explanation], shape: Sequence[int] | None = None) -> None:
         """Args:
@@ -102,7 +104,7 @@ class Explanations(Sequence["Explanation | Explanations"]):
             import pandas as pd
         except ImportError as error:
             raise NLAError("to_pandas needs pandas: pip install pandas") from error
-        kind = type(self.flat[0]) if self.flat else Explanation
+        kind = type(self.flat[0]) if self.flat else self.RECORD
         columns = [f.name for f in fields(kind) if f.name != "samples"]
         rows = [{c: _for_tables(getattr(e, c)) for c in columns} for e in self.flat]
         frame = pd.DataFrame(rows, columns=columns)
