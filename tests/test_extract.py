@@ -403,7 +403,7 @@ def test_explain_text_is_extract_and_explain(with_source, family: str) -> None:
 
 def test_explain_text_of_all_positions_and_of_a_chat(with_source) -> None:
     nla = with_source("llama")
-    n = len(nla._source_model(whole=False).tokenizer("A letter.")["input_ids"])
+    n = len(nla.open_source().tokenizer("A letter.")["input_ids"])
     assert nla.explain_text("A letter.", max_new_tokens=2).shape == (n,)
     assert nla.explain_text("A letter.", [], max_new_tokens=2).shape == (0,)
     chat = nla.explain_text(CHAT, slice(-2, None), max_new_tokens=2)
