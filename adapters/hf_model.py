@@ -96,8 +96,13 @@ class _Recorder:
         self._width, self._nla, self._to_token = width, nla, to_token
         self._thread = _Passes()
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
         """Notes a forward call, before the pass: a cache grows in it."""
+        if kwargs is None:
+            # Another thread's, begun in the moment of attaching: torch had the hook, not its kind.
+            return
         passes = self._thread.entered
         where_BT3 = (
             where_of_pass(args, kwargs) if _may_answer_states(module, args, kwargs) else None

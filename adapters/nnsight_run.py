@@ -55,8 +55,9 @@ class Recorder:
         run, me = self._run, threading.get_ident()
         outer = run.where_BT3
 
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            # Not of another thread's pass.
+        def hook(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+            # Not of another thread's pass, which may come while torch has noted the hook and not
+            # yet that it takes keywords.
             if threading.get_ident() == me:
                 run.where_BT3 = where_of_pass(args, kwargs)
 

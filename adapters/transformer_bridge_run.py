@@ -44,8 +44,8 @@ class Run:
 
         me = threading.get_ident()
 
-        def hook(module: Any, args: Any, kwargs: Any) -> None:
-            # Not of another thread's pass.
+        def hook(module: Any, args: Any, kwargs: Any = None) -> None:
+            # Not of another thread's pass, which may come before torch has noted the keywords.
             if threading.get_ident() != me:
                 return
             found = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)

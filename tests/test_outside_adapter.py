@@ -156,7 +156,7 @@ def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_command_of_the_package(site: Path, tmp_path: Path) -> None:
     listed = run(site, "--help")
     assert (listed.returncode, listed.stderr) == (0, "")
-    assert "toy-blocks  Say which block CHECKPOINT reads." in listed.stdout
+    assert "toy-blocks Say which block CHECKPOINT reads." in " ".join(listed.stdout.split())
     ran = run(site, "toy-blocks", "tiny")
     layer = nla_lens.checkpoints.spec.read_spec("tiny").layer
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"tiny reads block {layer}\n", "")

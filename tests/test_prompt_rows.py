@@ -146,7 +146,7 @@ def index_of(path: Path, weight_map: Any) -> None:
         ({"model.embed_tokens.weight": "weights.bin"}, "a file beside it"),
         ({"model.embed_tokens.weight": 3}, "a file beside it"),
         ({"model.embed_tokens.weight": "gone.safetensors"}, "no gone.safetensors"),
-        ({"a.embed_tokens.weight": "x.safetensors", "b.embed_tokens.weight": "x"}, "2 embedding"),
+        ({f"{n}.embed_tokens.weight": "x.safetensors" for n in "ab"}, "2 embedding"),
         ({}, "0 embedding tables"),
         (None, "no index"),
         ("text", "no index"),
