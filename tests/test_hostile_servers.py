@@ -448,3 +448,19 @@ def test_an_address_with_a_key_in_it_is_not_quoted(url: str) -> None:
         with pytest.raises(NLAError) as caught:
             NLA.from_pretrained("tiny", engine="ndif:" + url.format(SECRET))
         assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_results_of_every_protocol_are_read(protocol: int) -> None:
+    """A real server's pickler writes protocol 4, which torch's safe reader does not know."""
+    tensor = torch.randn(3, 4)
+    sent = {
+        "a": tensor, "b": [tensor[1], "a", "text", 3, 2.5, None, True], "c": (tensor, (1, "a")),
+        "nested": {"a": {"a": tensor.half()}},
+    }  # fmt: skip
+    content = io.BytesIO()
+    torch.save(sent, content, pickle_protocol=protocol)
+    found = read_result(content.getvalue(), compressed=False)
+    assert torch.equal(found["a"], tensor) and torch.equal(found["c"][0], tensor)
+    assert torch.equal(found["b"][0], tensor[1]) and found["b"][1:] == sent["b"][1:]
+    assert found["c"][1] == (1, "a") and torch.equal(found["nested"]["a"]["a"], tensor.half())

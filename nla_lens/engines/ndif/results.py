@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from nla_lens.engines.ndif.protocol_2 import with_protocol_2
 from nla_lens.errors import NLARemoteError
 
 MOST_BYTES: Final = 512 << 20
@@ -39,7 +40,8 @@ def read_result(content: bytes, *, compressed: bool, most_bytes: int = MOST_BYTE
     try:
         content = _unpacked(content, most_bytes) if compressed else content
         _check_archive(content, most_bytes)
-        values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        archive = io.BytesIO(with_protocol_2(content))
+        values = torch.load(archive, map_location="cpu", weights_only=True)
         _check_values(values, most_bytes, _MOST_DEPTH)
         return values
     except NLARemoteError as error:
