@@ -19,7 +19,8 @@ from nnsight.intervention.backends.remote import RemoteError
 from nnsight.schema.response import ResponseModel
 
 from nla_lens.engines.ndif.errors import SettingsError, StoreError
-from nla_lens.engines.ndif.results import MOST_BYTES, read_result
+from nla_lens.engines.ndif.messages import read_message
+from nla_lens.engines.ndif.results import MOST_BYTES
 
 MOST_WORDS: Final = 4 << 20
 """Bytes of an answer that is no result: a state, a list of models, a refusal."""
@@ -107,7 +108,9 @@ def read_response(message: str | bytes, most_bytes: int = MOST_BYTES) -> Respons
     """
     # As bytes it is an archive, with the result in it.
     if isinstance(message, (bytes, bytearray)):
-        fields = read_result(bytes(message), compressed=False, most_bytes=most_bytes)
+        if len(message) > most_bytes:
+            raise RemoteError("the server says more than it may")
+        fields = read_message(bytes(message))
         if isinstance(fields, dict) and all(isinstance(name, str) for name in fields):
             with contextlib.suppress(ValueError):
                 return ResponseModel(**fields)
