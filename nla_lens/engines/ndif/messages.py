@@ -17,21 +17,11 @@ from nla_lens.errors import NLARemoteError
 
 _STATUS: Final = ("nnsight.schema.response", "Status")
 _CONSTANTS: Final[dict[str, Any]] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_VALUES: Final = frozenset(
-    [
-        "SHORT_BINUNICODE",
-        "BINUNICODE",
-        "BINUNICODE8",
-        "SHORT_BINBYTES",
-        "BINBYTES",
-        "BINBYTES8",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG1",
-        "BINFLOAT",
-    ]
-)
+_VALUES: Final = {
+    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+}
 _TUPLES: Final = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -59,7 +49,7 @@ def read_message(content: bytes) -> Any:
     # Whatever a hostile stream makes this trip over.
     except Exception:
         pass
-    raise NLARemoteError("the server's word is refused: it holds more than plain values")
+    raise NLARemoteError("the server's result is refused: its message holds more than plain values")
 
 
 def _values(pickled: bytes) -> Any:
