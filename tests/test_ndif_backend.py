@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from nla_lens import progress
-from nla_lens.engines.ndif.errors import SilenceError, StoreError
 from nla_lens.progress import show_state, waiting, with_progress
 
 pytest.importorskip("nnsight")
@@ -21,6 +20,7 @@ from nnsight.intervention.backends.remote import RemoteError  # noqa: E402
 from nnsight.schema.response import ResponseModel, Status  # noqa: E402
 
 from nla_lens.engines.ndif.backend import NDIFBackend, Patience, Traffic, _may_pass  # noqa: E402
+from nla_lens.engines.ndif.errors import SilenceError, StoreError  # noqa: E402
 from nla_lens.engines.ndif.time_limit import within  # noqa: E402
 
 Script = list[tuple[int, bytes]]

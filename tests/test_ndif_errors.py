@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from nla_lens import NLA, NLAError
-from nla_lens.engines.ndif.errors import SilenceError, StoreError, tell, told
 from nla_lens.errors import NLARemoteError
 from nla_lens.foreign import scrub
 
@@ -23,6 +22,8 @@ pytest.importorskip("tenacity")
 
 from nnsight.intervention.backends.remote import RemoteError  # noqa: E402
 from nnsight.schema.config import CONFIG  # noqa: E402
+
+from nla_lens.engines.ndif.errors import SilenceError, StoreError, tell, told  # noqa: E402
 
 KEY = "0b5e1f6a-1111-4222-8333-94a5b6c7d8e9"
 TRACEBACK = "Traceback (most recent call last):\n  File x\nModuleNotFoundError: No module named 'q'"
