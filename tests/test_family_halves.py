@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,13 @@ def test_other_engines(tmp_path: Path, name: str, engine: str) -> None:
     layer = families.config(name).num_hidden_layers - 1
     path = families.save_av(name, tmp_path / "av", "replace", layer=layer)
     ar = families.save_ar(name, tmp_path / "ar")
+    if (name, engine) == ("qwen3_5", "transformer_lens") and version("transformer-lens").startswith(
+        "3."
+    ):
+        # It came after that release, and is refused there: at load, or by the first pass.
+        with pytest.raises(NLAError):
+            NLA.from_pretrained(av=path, ar=ar, engine=engine).explain(given(), max_new_tokens=4)
+        return
     ours, theirs = (NLA.from_pretrained(av=path, ar=ar, engine=e) for e in (engine, "transformers"))
     got, wanted = (nla.explain(given(), max_new_tokens=4, score=False) for nla in (ours, theirs))
     assert [e.token_ids for e in got] == [e.token_ids for e in wanted]

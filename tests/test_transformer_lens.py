@@ -500,7 +500,8 @@ def test_start_at_layer(kind: str, probed: Any) -> None:
         assert (found.position, found.token, found.token_id) == (n_tokens - 1, None, None)
     recorded = probed.run_with_cache(TEXT)[1]["resid_post", 1]
     assert isinstance(recorded, ResidualTensor)
-    logits = type(probed).forward(probed, resid, start_at_layer=2)
+    plain = resid.as_subclass(torch.Tensor)
+    logits = type(probed).forward(probed, plain, start_at_layer=2)
     assert torch.equal(probed.run_with_cache(recorded, start_at_layer=2)[0], logits)
     assert torch.equal(probed(recorded, start_at_layer=2), logits)
     assert torch.equal(probed.run_with_hooks(input=recorded, start_at_layer=2), logits)
