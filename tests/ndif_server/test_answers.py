@@ -95,7 +95,7 @@ def test_explain_text_from_end_to_end(
     assert found[0].cos == pytest.approx(wanted[0].cos, abs=1e-6)
     reconstructor: Any = nla.reconstructor
     totals = [settings(nla).traffic, reconstructor.engine.server.traffic]
-    totals.append(nla._source.remote.server.traffic)
+    totals.append(nla._source.loaded.remote.server.traffic)
     sent, received = sum(t.sent for t in totals), sum(t.received for t in totals)
     say(f"explain_text, one position: {sent} bytes sent, {received} received, {seconds:.2f} s")
 
@@ -111,7 +111,7 @@ def test_a_result_too_large_for_the_connection(
     models: dict[str, Path], load: Callable[..., NLA], server: Server
 ) -> None:
     """It is fetched from the object store."""
-    texts = ["Rain falls on the roof. " * 300 + str(n) for n in range(24)]
+    texts = ["Rain falls on the roof. " * 130 + str(n) for n in range(56)]
     there = nla_lens.extract(models["source"], texts, K, remote=True)
     assert sum(t.numel() * 4 for t in there) > 10 << 20
     local = nla_lens.extract(models["source"], texts[:1], K)
