@@ -153,7 +153,7 @@ FORMS: dict[str, tuple[Any, list[Any]]] = {
     "a column of floats": (pd.Series(V[0]), V[0]),
     "a column of lists": (pd.Series(V, index=["a", "b"]), V),
     "a column of arrays": (pd.Series([np.array(v, dtype=np.float16) for v in V]), V),
-    "a column of tensors": (pd.Series(list(T2.bfloat16())), V),
+    "a column of tensors": (pd.Series(list(T2.bfloat16()), dtype=object), V),
     "nullable floats": (pd.Series(V[0], dtype="Float64"), V[0]),
     "a frame": (pd.DataFrame(V, columns=list("abcd")), V),
     "a column of a frame": (pd.DataFrame({"v": V, "text": ["a", "b"]})["v"], V),
