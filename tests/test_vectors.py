@@ -18,6 +18,14 @@ from nla_lens.stream.residual import Origin, locate
 from nla_lens.stream.vectors import check_vectors
 
 
+def objects(parts: list) -> np.ndarray:
+    """An array of objects: older versions of numpy look into tensors to make one."""
+    held = np.empty(len(parts), dtype=object)
+    for n, part in enumerate(parts):
+        held[n] = part
+    return held
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2]
 )
@@ -153,7 +161,7 @@ FORMS: dict[str, tuple[Any, list[Any]]] = {
     "a column of floats": (pd.Series(V[0]), V[0]),
     "a column of lists": (pd.Series(V, index=["a", "b"]), V),
     "a column of arrays": (pd.Series([np.array(v, dtype=np.float16) for v in V]), V),
-    "a column of tensors": (pd.Series(list(T2.bfloat16()), dtype=object), V),
+    "a column of tensors": (pd.Series(objects(list(T2.bfloat16()))), V),
     "nullable floats": (pd.Series(V[0], dtype="Float64"), V[0]),
     "a frame": (pd.DataFrame(V, columns=list("abcd")), V),
     "a column of a frame": (pd.DataFrame({"v": V, "text": ["a", "b"]})["v"], V),
