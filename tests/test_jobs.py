@@ -358,6 +358,20 @@ def test_other_input_or_checkpoint_is_refused(tiny: NLA, tmp_path: Path) -> None
         explain_corpus(other, TEXTS, tmp_path / "s", **SHORT)
 
 
+def test_other_weights_under_the_same_sidecar_are_refused(tiny: NLA, tmp_path: Path) -> None:
+    """Two steps of one training say the same of themselves."""
+    explain_corpus(tiny, TEXTS, tmp_path / "s", **SHORT)
+    for half, names in (
+        ("verbalizer", r"nla\.weights\.av"),
+        ("reconstructor", r"nla\.weights\.ar"),
+    ):
+        later = NLA.from_pretrained("tiny")
+        with torch.no_grad():
+            next(getattr(later, half).engine.model.parameters()).view(-1)[0] += 1
+        with pytest.raises(NLAError, match=names):
+            explain_corpus(later, TEXTS, tmp_path / "s", **SHORT)
+
+
 def test_a_second_job_is_refused_and_a_stale_lock_is_no_reason(tiny: NLA, tmp_path: Path) -> None:
     from nla_lens.results.growing_store import GrowingStore
 

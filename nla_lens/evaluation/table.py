@@ -10,7 +10,7 @@ import numpy as np
 from nla_lens.errors import NLAError
 from nla_lens.evaluation.bootstrap import mean
 from nla_lens.evaluation.measures.fidelity import missing
-from nla_lens.evaluation.measures.wording import shares_standing
+from nla_lens.evaluation.measures.wording import quotes_measure, shares_standing
 from nla_lens.evaluation.report import Measure, Report, measured
 
 _SCORES: Final = ("fve_nrm", "score", "cos", "mse_nrm")
@@ -106,21 +106,10 @@ def _quotes(columns: Mapping[str, Sequence[Any]], documents: Any, seed: int) -> 
     if contexts is None:
         return missing("quotes", title, "the table has no column context")
     texts, read = list(columns["text"]), [None if c is None else str(c) for c in contexts]
-    shares = shares_standing(texts, read)
-    if np.isnan(shares).all():
-        return missing("quotes", title, "no explanation quotes anything")
-    rng = np.random.default_rng(seed)
-    others = [texts[i] for i in rng.permutation(len(texts))]
-    found = mean(shares, documents, seed=seed)
-    permuted = mean(shares_standing(others, read), documents, seed=seed)
-    return measured(
-        "quotes",
+    others = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
+    return quotes_measure(
         title,
-        found,
-        control=permuted,
-        control_name="quotations of other explanations",
-        holds=found.low > permuted.high,
-        reason="more than by chance" if found.low > permuted.high else "no more than by chance",
-        public="about none in one study, 60 % in another",
-        quoting=float(np.isfinite(shares).mean()),
+        shares_standing(texts, read),
+        shares_standing(others, read),
+        lambda shares: mean(shares, documents, seed=seed),
     )

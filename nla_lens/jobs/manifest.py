@@ -8,6 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+from torch import nn
+
 from nla_lens.jobs.positions import Picker, Positions
 from nla_lens.nla import NLA
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from nla_lens.jobs.job import Job
 
 _PACKAGES: Final = ("nla-lens", "torch", "transformers", "tokenizers")
-_ENDS: Final = 1 << 20
+_ENDS: Final = 64
 
 
 def about_job(job: Job, positions: Positions, column: str | None, model: Any) -> dict[str, Any]:
@@ -67,18 +70,18 @@ def about_nla(nla: NLA) -> dict[str, Any]:
 
 
 def _weights(half: Any) -> str | None:
-    """A hash of the ends of every tensor of a half; None where its weights are elsewhere."""
-    checkpoint = getattr(half, "checkpoint", None)
-    if checkpoint is None:
+    """A hash of both ends of every parameter of a half; None where its weights are elsewhere."""
+    model = getattr(half.engine, "model", None)
+    module = getattr(model, "_module", model)
+    if not isinstance(module, nn.Module):
         return None
     digest = hashlib.sha256()
-    for path in sorted(Path(checkpoint.path).glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_ENDS))
-            file.seek(max(0, size - _ENDS))
-            digest.update(file.read(_ENDS))
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            return None
+        flat = parameter.detach().flatten()
+        ends = torch.cat([flat[:_ENDS], flat[-_ENDS:]]).float().cpu()
+        digest.update(f"{name}\0{tuple(parameter.shape)}\0".encode() + ends.numpy().tobytes())
     return digest.hexdigest()
 
 

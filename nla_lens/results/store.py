@@ -43,7 +43,6 @@ MANIFEST: Final = "manifest.json"
 FORMAT: Final = "nla_lens.store"
 VERSION: Final = 1
 _SHARD: Final = re.compile(r"rows-(\d{9,})-(\d{9,})\.parquet")
-_OWN: Final = ("format", "version", "n_rows", "n_documents", "columns")
 
 
 def open_store(path: str | Path) -> Store:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nla_lens.evaluation.bootstrap import mean
+from nla_lens.evaluation.bootstrap import Interval, mean
 from nla_lens.evaluation.claims import (
     names_and_numbers,
     quoted_spans,
@@ -149,23 +149,48 @@ def quotations(sample: Sample) -> Measure:
     if any(context is None for context in sample.contexts):
         return missing("quotes", title, "the texts read are not known; pass context=")
     shares = shares_standing(sample.texts, sample.contexts)
+    permuted = shares_standing(sample.permuted_texts, sample.contexts)
+    named = shares_standing(sample.texts, sample.contexts, names_and_numbers)
+    return quotes_measure(
+        title,
+        shares,
+        permuted,
+        sample.mean,
+        names_and_numbers=None if np.isnan(named).all() else float(np.nanmean(named)),
+        by_position=by_position(sample, shares),
+    )
+
+
+def quotes_measure(
+    title: str,
+    shares: np.ndarray[Any, Any],
+    permuted: np.ndarray[Any, Any],
+    mean_of: Callable[[Any], Interval],
+    **details: Any,
+) -> Measure:
+    """Quotations that stand in their context beside those of other explanations.
+
+    Args:
+        title: What they are looked for in.
+        shares: `[n]`, as `shares_standing` gives them.
+        permuted: The same of other explanations in these contexts.
+        mean_of: The mean over rows, with its interval.
+        **details: More numbers of the same kind.
+    """
     if np.isnan(shares).all():
         return missing("quotes", title, "no explanation quotes anything")
-    found = sample.mean(shares)
-    permuted = sample.mean(shares_standing(sample.permuted_texts, sample.contexts))
-    named = shares_standing(sample.texts, sample.contexts, names_and_numbers)
+    found, control = mean_of(shares), mean_of(permuted)
     return measured(
         "quotes",
         title,
         found,
-        control=permuted,
+        control=control,
         control_name="quotations of other explanations",
-        holds=found.low > permuted.high,
-        reason="more than by chance" if found.low > permuted.high else "no more than by chance",
+        holds=found.low > control.high,
+        reason="more than by chance" if found.low > control.high else "no more than by chance",
         public="about none in one study, 60 % in another",
         quoting=float(np.isfinite(shares).mean()),
-        names_and_numbers=None if np.isnan(named).all() else float(np.nanmean(named)),
-        by_position=by_position(sample, shares),
+        **details,
     )
 
 
