@@ -76,7 +76,8 @@ def _weights(half: Any) -> str | None:
     if not isinstance(module, nn.Module):
         return None
     digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
+    head = getattr(half, "weight_DD", None)
+    for name, parameter in [*module.named_parameters(), *([] if head is None else [("", head)])]:
         if parameter.is_meta:
             return None
         flat = parameter.detach().flatten()
