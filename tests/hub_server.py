@@ -119,11 +119,29 @@ def use(hub: HubServer, monkeypatch, cache: Path, *, offline: bool = False) -> N
     }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    _forget_0_36(hub, monkeypatch)
     import transformers.utils.hub as transformers_hub
 
     for name in ("TRANSFORMERS_CACHE", "HF_HUB_CACHE"):
         if hasattr(transformers_hub, name):
             monkeypatch.setattr(transformers_hub, name, str(cache))
+    if hasattr(transformers_hub, "_is_offline_mode"):
+        monkeypatch.setattr(transformers_hub, "_is_offline_mode", offline)
+
+
+def _forget_0_36(hub: HubServer, monkeypatch) -> None:
+    """What releases before 1.0 keep of the constants as they were when they were imported."""
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http
+
+    if hasattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE"):
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    if hasattr(_http, "_get_session_from_cache"):
+        # A session is offline, or not, for as long as it lasts.
+        kept = _http._get_session_from_cache
+        fresh = getattr(kept, "__wrapped__", kept)
+        monkeypatch.setattr(_http, "_get_session_from_cache", fresh)
 
 
 class _Handler(BaseHTTPRequestHandler):
