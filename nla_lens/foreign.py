@@ -70,6 +70,8 @@ def _written(key: str) -> re.Pattern[str]:
 
 
 def _ways(key: str) -> Iterator[str]:
+    # Its own characters: what holds a key may have a repr that says something else.
+    key = "".join(key)
     yield from (key, quote(key, safe=""), quote_plus(key))
     yield from (json.dumps(key)[1:-1], repr(key)[1:-1])
     raw = key.encode()

@@ -464,3 +464,9 @@ def test_results_of_every_protocol_are_read(protocol: int) -> None:
     assert torch.equal(found["a"], tensor) and torch.equal(found["c"][0], tensor)
     assert torch.equal(found["b"][0], tensor[1]) and found["b"][1:] == sent["b"][1:]
     assert found["c"][1] == (1, "a") and torch.equal(found["nested"]["a"]["a"], tensor.half())
+
+
+def test_our_own_words_are_left_as_they_are() -> None:
+    """What holds a key shows it as `<key>`; that is no way of writing it."""
+    error = Server("http://127.0.0.1:1", api_key="another").error("does not accept the API key")
+    assert "does not accept the API key" in str(error) and "another" not in str(error)
