@@ -126,7 +126,10 @@ def _past_mask(said: Mapping[str, Any]) -> Tensor | None:
     past = said.get("past_kv_cache")
     if past is not None:
         previous_BP: Tensor = past.previous_attention_mask
-        return previous_BP
+        # TransformerLens 2 notes no mask where embeddings go in, as in all its `generate` runs.
+        n_held = max((entry.past_keys.shape[1] for entry in past.entries), default=0)
+        n_not_noted = max(n_held - previous_BP.shape[1], 0)
+        return nn.functional.pad(previous_BP, (0, n_not_noted), value=1)
     past = cache_among(said)
     return None if past is None else torch.ones(1, past.get_seq_length())
 

@@ -24,7 +24,12 @@ from nla_lens.stream.frameworks import Probe
 
 from .checkpoints import EXPLANATIONS, vectors
 
-ENGINES = {"transformers": None, "transformer_lens": "transformer_lens", "nnsight": "nnsight"}
+ENGINES = {
+    "transformers": None,
+    "transformer_lens": "transformer_lens.model_bridge",
+    "nnsight": "nnsight",
+}
+"""And what each needs."""
 PATIENCE = 120.0
 
 
@@ -36,8 +41,8 @@ def answers(nla: NLA) -> list[Any]:
 @pytest.fixture(scope="module")
 def load(pair_dirs: Callable[..., tuple[Path, Path]]) -> Callable[[str], NLA]:
     def load(engine: str) -> NLA:
-        if ENGINES[engine]:
-            pytest.importorskip(f"{ENGINES[engine]}")
+        if needed := ENGINES[engine]:
+            pytest.importorskip(needed)
         av, ar = pair_dirs("llama", "replace")
         return NLA.from_pretrained(av=av, ar=ar, engine=engine)
 

@@ -275,7 +275,11 @@ def known(batch: Any) -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.parametrize("as_list", [list, tuple, pd.Series], ids=["list", "tuple", "Series"])
+def column(parts: list) -> pd.Series:
+    return pd.Series(objects(parts))
+
+
+@pytest.mark.parametrize("as_list", [list, tuple, column], ids=["list", "tuple", "Series"])
 def test_a_list_of_residuals_keeps_what_they_know(as_list: Any) -> None:
     a, b = residual("a", 2, 10), residual("b", 2, 20)
     stacked = check_vectors(as_list([a, b]), 4)

@@ -39,6 +39,7 @@ _FAR: Final = 512
 """So many tokens behind the last one asked for are not run, however small the model is."""
 WIDE: Final = 256
 """Widths under which products are too small to be worth another way of computing them."""
+_RECORDS: Final = ("output_hidden_states", "output_attentions", "output_router_logits")
 Tokens: TypeAlias = "tuple[Tensor, Tensor]"
 """Rows and columns of N tokens in a pass."""
 
@@ -120,7 +121,10 @@ class BlockReader(KeepsPrefix):
             output: Any = own_pass.output_of(
                 self._block,
                 lambda: self._stack(
-                    input_ids=ids_BT, use_cache=past is not None, **{self._takes_cache_as: past}
+                    input_ids=ids_BT,
+                    use_cache=past is not None,
+                    **{self._takes_cache_as: past},
+                    **_without_records(self._stack.config),
                 ),
             )
         resid_BTD: Tensor = output[0] if isinstance(output, tuple) else output
@@ -176,6 +180,15 @@ class BlockReader(KeepsPrefix):
             self.run(torch.tensor([ids]), cache)
             kept = self._prefix = ids, cache
         return kept or ([], None)
+
+
+def _without_records(config: Any) -> dict[str, bool]:
+    """Takes back what a config asks every pass to record; what it does not ask for is not named.
+
+    transformers 4.57 records by replacing `forward` of the blocks, and does not put it back in a
+    pass that is ended early: they would record for ever.
+    """
+    return {name: False for name in _RECORDS if getattr(config, name, False)}
 
 
 def only_tokens(
