@@ -21,6 +21,8 @@ from nla_lens.models.passes import has_hooks
 from nla_lens.models.weights import load_causal_lm, load_tokenizer
 from nla_lens.stream.origin import PADDING, UNKNOWN
 
+from .recording import PASSES_MIX, plain_model
+
 TEXTS = ["The garlic sizzles in the pan.", "Garlic"]
 FAMILIES = ["llama", "gemma3", "qwen2"]
 K = 3
@@ -479,8 +481,18 @@ def test_a_pass_that_fails_is_over(make: Callable[..., Any], nla: NLA) -> None:
     assert_known(states, plain, inputs, nla)
 
 
-def test_threads_do_not_see_one_anothers_passes(make: Callable[..., Any], nla: NLA) -> None:
+@pytest.fixture(params=["gpt2"] if PASSES_MIX else ["llama", "gpt2"])
+def keeps_apart(request: pytest.FixtureRequest, make: Callable[..., Any]) -> tuple[Any, Any]:
+    """A model of which transformers itself keeps apart what several passes record, and a tokenizer.
+
+    See `tests/recording.py`.
+    """
     model, tokenizer = make()
+    return (model if request.param == "llama" else plain_model(request.param)), tokenizer
+
+
+def test_threads_do_not_see_one_anothers_passes(keeps_apart: tuple[Any, Any], nla: NLA) -> None:
+    model, tokenizer = keeps_apart
     ids = batch(tokenizer)["input_ids"]
     both_inside, first_is_over = threading.Barrier(2), threading.Event()
     found: dict[int, Tensor] = {}
@@ -506,8 +518,8 @@ def test_threads_do_not_see_one_anothers_passes(make: Callable[..., Any], nla: N
     assert found[0].equal(ids[0]) and found[1].equal(ids[1])
 
 
-def test_a_pass_in_a_pass(make: Callable[..., Any], nla: NLA) -> None:
-    model, tokenizer = make()
+def test_a_pass_in_a_pass(keeps_apart: tuple[Any, Any], nla: NLA) -> None:
+    model, tokenizer = keeps_apart
     inputs = batch(tokenizer)
     other = inputs["input_ids"].flip(0)
     inner: list[Any] = []

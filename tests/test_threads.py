@@ -31,6 +31,7 @@ from nla_lens.stream.extraction import open_source
 from nla_lens.stream.frameworks import Probe
 
 from .checkpoints import EXPLANATIONS, vectors
+from .recording import N_BLOCKS, PASSES_MIX, plain_model, states_with_another_pass
 
 RULES = ("replace", "norm_matched_add")
 N_THREADS, N_CALLS = 8, 200
@@ -150,9 +151,14 @@ def calls_on_source(nla: NLA, model: Any, tokenizer: Any) -> list[Call]:
 
 @torch.no_grad()
 def forward(model: nn.Module, ids: Sequence[int], **options: Any) -> list[Any]:
-    """A user's own call."""
+    """A user's own call.
+
+    Hidden states only where transformers keeps those of several passes apart; they are asked for
+    everywhere.
+    """
     out = model(input_ids=torch.tensor([list(ids)]), **options)
-    return [out.logits, *(out.hidden_states or ())]
+    states = () if PASSES_MIX else out.hidden_states
+    return [out.logits, *(states or ())]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +182,8 @@ def source(source_dir: Callable[[str], Path]) -> Any:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_transformers(rule: str, load: Callable[..., NLA], source: Any) -> None:
-    nla = load("transformers", rule)
+    # Copies: transformers 4.57 may leave there what recorded for two threads at once.
+    nla, source = copy.deepcopy(load("transformers", rule)), copy.deepcopy(source)
     av = nla.verbalizer.engine.model
     ids, tokenizer = nla.verbalizer.prompt_ids, nla.verbalizer.tokenizer
     mine = [
@@ -190,6 +197,28 @@ def test_transformers(rule: str, load: Callable[..., NLA], source: Any) -> None:
     if rule == "replace":
         calls.append(lambda: prompt_embeds(nla))
     assert_as_alone(calls)
+
+
+@pytest.mark.parametrize("where", ["in a hook", "in another thread"])
+def test_whether_transformers_keeps_passes_apart(where: str) -> None:
+    """Two forwards of a user's own, without anything of ours: see `PASSES_MIX`."""
+    model, ids = plain_model(), torch.arange(5)[None]
+
+    @torch.no_grad()
+    def plainly() -> Any:
+        return model(input_ids=ids + 7)
+
+    def other() -> None:
+        together([plainly], n_threads=1) if where == "in another thread" else plainly()
+
+    with torch.no_grad():
+        wanted = plain(model(input_ids=ids, output_hidden_states=True).hidden_states)
+    found = plain(states_with_another_pass(model, model.model.layers[1], ids, other))
+    assert len(wanted) == N_BLOCKS + 1
+    if PASSES_MIX:
+        assert len(found) == len(wanted) + N_BLOCKS
+    else:
+        assert found == wanted
 
 
 def test_transformer_lens(load: Callable[..., NLA], source_dir: Any) -> None:
