@@ -118,12 +118,14 @@ class BlockReader(KeepsPrefix):
         ids_BT = ids_BT.to(input_device(self._model))
         with OwnPass(self._stack) as own_pass, fast:
             only_tokens(own_pass, self._block, ids_BT.shape, only)
+            # A family that keeps its states elsewhere (RecurrentGemma) takes no cache, nor None.
+            held = {} if past is None else {self._takes_cache_as: past}
             output: Any = own_pass.output_of(
                 self._block,
                 lambda: self._stack(
                     input_ids=ids_BT,
                     use_cache=past is not None,
-                    **{self._takes_cache_as: past},
+                    **held,
                     **_without_records(self._stack.config),
                 ),
             )

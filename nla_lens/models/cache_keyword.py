@@ -7,7 +7,7 @@ without its cache and says nothing. So nobody here writes either name down.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final
 
 from torch import nn
@@ -32,14 +32,36 @@ def takes_cache(taker: nn.Module | Callable[..., Any]) -> bool:
 
 
 def _keyword(taker: nn.Module | Callable[..., Any]) -> str | None:
-    insides = taker.modules() if isinstance(taker, nn.Module) else [taker]
-    for inside in insides:
-        forward = inside.forward if isinstance(inside, nn.Module) else inside
-        named = inspect.signature(forward).parameters
+    for named in _named(taker):
         for name in (*NAMES, _STATES):
             if name in named:
                 return name
     return None
+
+
+def taken_by(taker: nn.Module, options: Collection[str]) -> set[str]:
+    """Which options of a pass a module takes.
+
+    One that takes any keyword may hand it on, so those count that a module in it names; what none
+    of them names would be ignored, or be an error (`logits_to_keep` in Bloom before transformers
+    5).
+    """
+    named = inspect.signature(taker.forward).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values()):
+        return set(options) & set(named)
+    found: set[str] = set()
+    for inside in _named(taker):
+        found |= set(options) & set(inside)
+        if len(found) == len(options):
+            break
+    return found
+
+
+def _named(taker: nn.Module | Callable[..., Any]) -> Iterator[Mapping[str, inspect.Parameter]]:
+    """The parameters of a module's forward, and of those in it, or of a function."""
+    for inside in taker.modules() if isinstance(taker, nn.Module) else [taker]:
+        forward = inside.forward if isinstance(inside, nn.Module) else inside
+        yield inspect.signature(forward).parameters
 
 
 def cache_among(arguments: Mapping[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from nla_lens.models.kv_cache import RoomyLayer
 _PLAIN = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 _STATE = "LinearAttentionLayer"
 _BOTH = ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _PROVEN = {
     "falcon_h1": True,
     "jamba": False,
@@ -75,7 +76,7 @@ def ways_of_caching(lm: Any) -> list[Caching]:
     names = {type(layer).__name__ for layer in layers}
     stateful = bool(getattr(type(text_model(lm)), "_is_stateful", False))
     if names <= set(_PLAIN) and not stateful:
-        return [KEYS_AND_VALUES]
+        return [KEYS_AND_VALUES if _attends(text_model(lm).config) else NOTHING]
     if not names <= {*_PLAIN, _STATE, *_BOTH}:
         return [NOTHING]
     made = [_maker(layer) for layer in layers]
@@ -84,6 +85,16 @@ def ways_of_caching(lm: Any) -> list[Caching]:
         return ways
     resumes = _PROVEN.get(text_model(lm).config.model_type)
     return ways[-1:] if resumes is None else ways if resumes else ways[1:]
+
+
+def _attends(config: Any) -> bool:
+    """Whether all blocks keep keys and values.
+
+    A transformers without layers of states makes plain ones for every block, and reads others than
+    its own cache in families that keep more (MiniMax, LFM 2).
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return hasattr(cache_utils, _STATE) or kinds <= _ATTENTION
 
 
 def keeps_states(lm: Any) -> bool:

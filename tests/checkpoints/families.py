@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from nla_lens.models.saved_by_5 import reads_as_4
+
 from . import sidecars, vocabulary, weights
 
 TOKENIZER = "qwen2"
@@ -71,7 +73,12 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_bigcode": ("gpt_bigcode", _GPT2),
     "gpt_neo": (
         "gpt_neo",
-        {"num_heads": HEADS, "attention_types": [[["global", "local"], 2]], "window_size": 8},
+        {
+            "num_heads": HEADS,
+            "num_layers": N_BLOCKS,
+            "attention_types": [[["global", "local"], N_BLOCKS // 2]],
+            "window_size": 8,
+        },
     ),
     "gpt_neox": ("gpt_neox", {"num_attention_heads": HEADS, "intermediate_size": 48}),
     "gpt2": ("gpt2", _GPT2),
@@ -236,7 +243,11 @@ def randomize(module: torch.nn.Module, seed: int) -> Any:
 def save(name: str, directory: Path, seed: int = 0, make: Any = None) -> Path:
     """Writes the model, and a tokenizer and generation_config beside it."""
     made = (make or model)(name, seed)
-    made.save_pretrained(directory)
+    tensors = {}
+    if name == "zamba2" and reads_as_4():
+        # 4 does not save what blocks share.
+        tensors["state_dict"] = {key: x.clone() for key, x in made.state_dict().items()}
+    made.save_pretrained(directory, **tensors)
     eos = [VOCAB_SIZE - 1]
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     vocabulary.write_tokenizer(directory, TOKENIZER)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from nla_lens.engines.local.self_check import check_reader, settle_caching
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import blocks_of, embedding_of, input_device, width_of
 from nla_lens.models.block_reader import BlockReader
-from nla_lens.models.cache_keyword import cache_keyword
+from nla_lens.models.cache_keyword import cache_keyword, taken_by
 from nla_lens.models.onednn import ByOneDNN
 from nla_lens.models.passes import OwnPass
 from nla_lens.models.pickling import Pickled
@@ -26,6 +25,9 @@ from nla_lens.models.placement import Placement
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_backbone, load_causal_lm
 from nla_lens.stream.injection import NORM_MATCHED_ADD_AT, norm_matched_add, replace
+
+_OPTIONS: Final = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
+"""Of a pass, besides its cache; not every family takes them all."""
 
 
 def load_verbalizer(
@@ -86,7 +88,7 @@ class TransformersVerbalizer(Pickled, LocalVerbalizer):
         self._place = injection_module(model, spec)
         self._by_onednn = ByOneDNN(model)
         self._takes_cache_as = cache_keyword(model)
-        self._taken = _taken_by(model, self._takes_cache_as)
+        self._taken = taken_by(model, (*_OPTIONS, self._takes_cache_as))
         self._keeps_shared = shared_prefix.enable(model)
         self._window = shared_prefix.narrowest_window(model)
 
@@ -199,12 +201,3 @@ def injection_module(model: Any, spec: NLASpec) -> nn.Module:
         raise NLAError(f"norm_matched_add acts at the output of block {layer}; the model has fewer")
     block: nn.Module = blocks[layer]
     return block
-
-
-def _taken_by(model: Any, cache_name: str) -> set[str]:
-    """What of a pass's options a causal LM takes; foreign code may not know them all."""
-    named = inspect.signature(model.forward).parameters
-    options = {"attention_mask", "position_ids", cache_name, "use_cache", "logits_to_keep"}
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values()):
-        return options
-    return options & set(named)
