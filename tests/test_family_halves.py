@@ -181,6 +181,9 @@ def test_in_half_precision_rounding_would_hide_a_drift(name: str, way: int) -> N
     if name not in HERE:
         pytest.skip("this transformers does not know it")
     ways = ways_of_caching(families.model(name).to(torch.bfloat16))
+    if name == "mamba2" and not HAS_LAYERS_OF_STATES:
+        assert ways == [NOTHING]
+        return
     assert len(ways) == way and (ways == [NOTHING]) is (name == "zamba2")
 
 

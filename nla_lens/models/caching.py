@@ -75,8 +75,9 @@ def ways_of_caching(lm: Any) -> list[Caching]:
     layers = cache_utils.DynamicCache(config=text_model(lm).config).layers
     names = {type(layer).__name__ for layer in layers}
     stateful = bool(getattr(type(text_model(lm)), "_is_stateful", False))
-    if names <= set(_PLAIN) and not stateful:
-        return [KEYS_AND_VALUES if _attends(text_model(lm).config) else NOTHING]
+    if names <= set(_PLAIN):
+        plain = not stateful and _attends(text_model(lm).config)
+        return [KEYS_AND_VALUES if plain else NOTHING]
     if not names <= {*_PLAIN, _STATE, *_BOTH}:
         return [NOTHING]
     made = [_maker(layer) for layer in layers]
@@ -95,6 +96,13 @@ def _attends(config: Any) -> bool:
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     return hasattr(cache_utils, _STATE) or kinds <= _ATTENTION
+
+
+def is_right_with_its_own_cache(lm: Any) -> bool:
+    """Whether a family is known to decode rightly by the cache that transformers makes for it."""
+    ways = ways_of_caching(lm)
+    proven = ways[0].kept and text_model(lm).config.model_type in _PROVEN
+    return proven or ways == [KEYS_AND_VALUES]
 
 
 def keeps_states(lm: Any) -> bool:

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import text_model
 from nla_lens.models.turns import turns_of
+
+_STATES: Final = "recurrent_states"
 
 
 class _Here(threading.local):
@@ -90,12 +92,14 @@ class OwnPass:
         self._entered = {model: 0, stack: 0}
         self._n_inside = 0
         self._handles: list[Any] = []
+        self._kept = _KeptInModules(stack)
         self._outer: OwnPass | None = None
 
     def __enter__(self) -> OwnPass:
         try:
             self._turns.take(self)
             self._outer, _here.current = _here.current, self
+            self._kept.take_out()
             for module in self._entered:
                 self._count(module)
         except BaseException:
@@ -169,10 +173,39 @@ class OwnPass:
         try:
             for handle in self._handles:
                 handle.remove()
+            self._kept.put_back()
             if self._is_current():
                 _here.current = self._outer
         finally:
             self._turns.give_back(self)
+
+
+class _KeptInModules:
+    """What RecurrentGemma's modules keep of the last pass, with a cache or without.
+
+    A pass of ours begins with nothing, and somebody's generation goes on with its own: states of
+    another number of rows do not even fit.
+    """
+
+    def __init__(self, stack: Any) -> None:
+        family = getattr(getattr(stack, "config", None), "model_type", None)
+        self._modules = (
+            [module for module in stack.modules() if _STATES in vars(module)]
+            if family == "recurrent_gemma"
+            else []
+        )
+        self._states: list[Any] = []
+
+    def take_out(self) -> None:
+        """Before a pass."""
+        self._states = [getattr(module, _STATES) for module in self._modules]
+        for module in self._modules:
+            setattr(module, _STATES, None)
+
+    def put_back(self) -> None:
+        """After it; nothing where it did not begin."""
+        for module, states in zip(self._modules, self._states, strict=False):
+            setattr(module, _STATES, states)
 
 
 def stack_of(model: Any) -> Any:

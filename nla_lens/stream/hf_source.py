@@ -13,6 +13,7 @@ from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import blocks_of, input_device
 from nla_lens.models.block_reader import BlockReader
 from nla_lens.models.cache_keyword import cache_keyword
+from nla_lens.models.caching import is_right_with_its_own_cache
 from nla_lens.models.passes import OwnPass
 from nla_lens.models.proof import check_stream, say_dropout
 from nla_lens.models.tokens import find_eos_ids
@@ -81,17 +82,20 @@ class HFSource:
 
     @torch.inference_mode()
     def go_on(self, ids: Sequence[int], n: int) -> list[int]:
-        """Argmax continuation with a key-value cache."""
+        """Argmax continuation with a cache, in families where that is known to be right."""
         ends, written, takes_cache_as = find_eos_ids(self.model), [], cache_keyword(self.model)
+        keeps = is_right_with_its_own_cache(self.model)
         step, cache = torch.tensor([list(ids)], device=input_device(self.model)), None
         for _ in range(n):
+            held = {takes_cache_as: cache} if keeps else {}
             with OwnPass(self.model):
-                out = self.model(input_ids=step, use_cache=True, **{takes_cache_as: cache})
-            cache, chosen = out[takes_cache_as], int(out.logits[0, -1].float().argmax())
+                out = self.model(input_ids=step, use_cache=keeps, **held)
+            cache, chosen = out.get(takes_cache_as), int(out.logits[0, -1].float().argmax())
             if chosen in ends:
                 break
             written.append(chosen)
-            step = torch.tensor([[chosen]], device=step.device)
+            newest = torch.tensor([[chosen]], device=step.device)
+            step = newest if keeps else torch.cat([step, newest], dim=1)
         return written
 
 
