@@ -15,9 +15,9 @@ import torch
 
 from nla_lens import NLA, Explanation, NLAError, evaluate, examine
 from nla_lens.evaluation import bootstrap
-from nla_lens.evaluation.claims import quotes, sentences, stands_in
 from nla_lens.evaluation.evaluate import ROWS
 from nla_lens.evaluation.sample import Memory, Sample
+from nla_lens.results.sentences import quotes, sentences, stands_in
 
 DOCUMENTS = [
     f"{name} lives in {place}. {end}"

@@ -14,12 +14,12 @@ from typing import Any, Final
 from torch import Tensor
 
 from nla_lens.errors import NLAError
-from nla_lens.evaluation.claims import folded, quoted_spans, quotes, sentences, stands_in
 from nla_lens.nla import NLA
 from nla_lens.results.claim import Claim
 from nla_lens.results.display import to_html, to_table
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.metrics import score
+from nla_lens.results.sentences import folded, quoted_spans, quotes, sentences, stands_in
 from nla_lens.stream.vectors import check_vectors
 
 _MOST_SUPPORT_ROWS: Final = 64

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from nla_lens.evaluation.bootstrap import mean, ratio
-from nla_lens.evaluation.claims import sentences
 from nla_lens.evaluation.measures.fidelity import missing
 from nla_lens.evaluation.report import Measure, measured
 from nla_lens.evaluation.sample import Sample
 from nla_lens.models.batching import right_padded
+from nla_lens.results.sentences import sentences
 from nla_lens.stream.hook_point import ResidPost
 from nla_lens.stream.injection import norms, rescale
 

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from nla_lens.evaluation.bootstrap import Interval, mean
-from nla_lens.evaluation.claims import (
+from nla_lens.evaluation.measures.fidelity import by_position, missing
+from nla_lens.evaluation.report import Measure, measured
+from nla_lens.evaluation.sample import Sample
+from nla_lens.results.metrics import mse_nrm
+from nla_lens.results.sentences import (
     names_and_numbers,
     quoted_spans,
     quotes,
     sentences,
     stands_in,
 )
-from nla_lens.evaluation.measures.fidelity import by_position, missing
-from nla_lens.evaluation.report import Measure, measured
-from nla_lens.evaluation.sample import Sample
-from nla_lens.results.metrics import mse_nrm
 from nla_lens.stream.injection import unit
 
 
