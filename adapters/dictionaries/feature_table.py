@@ -15,7 +15,7 @@ from nla_lens.disk.writing import write_whole
 from nla_lens.errors import NLAError, NLAWarning
 from nla_lens.foreign import to_json
 from nla_lens.results.columns import Column
-from nla_lens.results.display import to_table
+from nla_lens.results.display import to_html, to_table
 from nla_lens.results.explanation import NUMBER, Explanation
 from nla_lens.results.explanations import Explanations
 from nla_lens.results.lines import Format, Growing, growing, read_lines, write_lines
@@ -98,6 +98,13 @@ class FeatureExplanations(Explanations):
         lines = [f"{e.index}: {e.text!r}" for e in self.flat[:5]]
         more = f", ... {len(self) - 5} more" if len(self) > 5 else ""
         return f"FeatureExplanations({', '.join(lines)}{more})"
+
+    def _repr_html_(self) -> str:
+        return to_html(self.flat, whole_page=False)
+
+    def _page(self) -> str:
+        # Latents stand in no text: a table says more.
+        return to_html(self.flat, whole_page=True)
 
     def to_dict(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """Plain values, ready for JSON."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import click
 
 from nla_lens.errors import NLAError
+from nla_lens.results.page import to_data
 from nla_lens.results.store import Store, open_store
 
 _log = logging.getLogger(__name__)
@@ -32,23 +34,34 @@ def serve_store(store: Store, *, port: int, limit: int | None, open_it: bool) ->
 
 
 def make_server(store: Store, port: int, limit: int | None) -> ThreadingHTTPServer:
-    """A server on loopback: `/` is the page, `/state` says whether it is still up to date.
+    """A server on loopback.
+
+    `/` is the page, `/state` says whether it is still up to date, `/data` is what it shows now.
 
     Raises:
         NLAError: The port is taken.
     """
+    # A page asks every two seconds; what has not changed is not read again.
+    about = lru_cache(maxsize=1)(lambda token: open_store(store.path).about())
 
     def page() -> tuple[str, str]:
         now = open_store(store.path)
         return now.page(limit=limit, live=_token(now)), "text/html"
 
+    def data() -> tuple[str, str]:
+        now = open_store(store.path)
+        token = _token(now)
+        return to_data(now.documents(limit), live=token), "application/json"
+
     def state() -> tuple[str, str]:
         now = open_store(store.path)
-        found = {"token": _token(now), "complete": now.complete, "about": now.about()}
+        token = _token(now)
+        found = {"token": token, "complete": now.complete, "about": about(token)}
         return json.dumps(found), "application/json"
 
+    answers = {"/": page, "/state": state, "/data": data}
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), _handler({"/": page, "/state": state}))
+        return ThreadingHTTPServer(("127.0.0.1", port), _handler(answers))
     except (OSError, OverflowError) as error:
         raise NLAError(f"--port {port} cannot be used: {error}; 0 takes any") from error
 

@@ -16,6 +16,7 @@ from nla_lens.foreign import well_formed
 from nla_lens.results.display import to_html
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.lines import Format, damaged, read_lines, write_lines
+from nla_lens.results.page import documents_of, to_frame, to_page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +89,10 @@ class Explanations(Sequence["Explanation | Explanations"]):
         return "\n".join([f"Explanations of shape {self.shape}:", *shown])
 
     def _repr_html_(self) -> str:
-        return to_html(self.flat, whole_page=False)
+        table = to_html(self.flat, whole_page=False)
+        if all(e.label is None for e in self.flat):
+            return table
+        return f"{to_frame(self._page())}<details><summary>As a table</summary>{table}</details>"
 
     def to_dict(self) -> dict[str, Any]:
         """`{"shape": [...], "explanations": [...]}`, ready for JSON."""
@@ -123,12 +127,17 @@ class Explanations(Sequence["Explanation | Explanations"]):
         return plot(self.flat)
 
     def to_html(self, path: str | Path) -> Path:
-        """Writes one self-contained page, everything escaped.
+        """Writes one self-contained page that works from disk, everything escaped.
 
         Returns:
             The file written.
         """
-        return write_whole(path, to_html(self.flat, whole_page=True))
+        return write_whole(path, self._page())
+
+    def _page(self) -> str:
+        hooks = sorted({e.hook_name for e in self.flat if e.hook_name is not None})
+        about = " · ".join([f"{len(self.flat)} explanations", *hooks])
+        return to_page(documents_of(self.flat), title="What the residual stream says", about=about)
 
     def save(self, path: str | Path) -> Path:
         """Writes JSON lines: a header, then one explanation a line.

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -21,8 +23,12 @@ from nla_lens.results.explanation import Explanation
 from nla_lens.results.templating import template
 
 _TEMPLATES: Final = Path(__file__).parent / "templates"
+_SCRIPTS: Final = ("view", "view_list", "view_text", "view_panel", "view_keys")
 _SPECIAL: Final = re.compile(r"<\|?[^<>\s]+\|?>|\[[A-Z]+\]")
 _NAME_LENGTH: Final = 60
+_COLUMN_LENGTH: Final = 500
+_TABLE_ROWS: Final = 500
+"""Of the table that is shown where no script runs."""
 
 
 def to_page(
@@ -40,7 +46,7 @@ def to_page(
         about: A line beside it.
         live: Of a page that follows a job: what `state` says as long as the page is up to date.
     """
-    css, js = _asset("view.css"), _asset("view.js")
+    css, js = _asset("view.css"), "".join(_asset(f"{name}.js") for name in _SCRIPTS)
     policy = [
         "default-src 'none'",
         f"script-src {_hashed(js)}",
@@ -50,15 +56,34 @@ def to_page(
     ]
     if live is not None:
         policy.append("connect-src 'self'")
-    data = {"documents": list(documents), "live": live is not None, "token": live}
+    rows = [row for one in documents for row in one["rows"]]
     return template("view.html.jinja").render(
         title=_shown(title),
         about=_shown(about),
         policy="; ".join(policy),
         css=css,
         js=js,
-        data=_json(data),
+        data=to_data(documents, live=live),
+        rows=map(_cells, rows[:_TABLE_ROWS]),
+        left_out=max(0, len(rows) - _TABLE_ROWS),
     )
+
+
+def to_frame(page: str) -> str:
+    """A page inside of another, as notebooks show it: its script reaches nothing around it."""
+    return (
+        f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(page)}" width="100%" height="460" '
+        'style="border: 1px solid #dde2e9; border-radius: 6px"></iframe>'
+    )
+
+
+def to_data(documents: Sequence[Mapping[str, Any]], *, live: str | None = None) -> str:
+    """What the page shows, as JSON that cannot end the block it stands in; see `to_page`."""
+    data = {"documents": list(documents), "live": live is not None, "token": live}
+    written = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        written = written.replace(character, f"\\u{ord(character):04x}")
+    return written
 
 
 def document(
@@ -71,7 +96,7 @@ def document(
     """One text and what was said at its tokens.
 
     Args:
-        rows: In order, as `results.rows` makes them.
+        rows: In order, as `results.rows` makes them, or `Explanation.to_dict`.
         name: What the list of documents calls it; None: how it begins.
         between: Tokens that were not explained, by the number of the row they stand at: `before` it
             and `after` it.
@@ -79,18 +104,25 @@ def document(
     """
     tokens: list[list[Any]] = []
     shown: list[dict[str, Any]] = []
+    hook_name = None
     for row in rows:
         around = (between or {}).get(row.get("row", -1), {})
         tokens += [_token(text, -1) for text in around.get("before", ())]
         tokens.append(_token(row.get("token"), len(shown)))
-        shown.append(_row(row))
+        hook_name = hook_name or _shown(row.get("hook_name"))
+        shown.append(_row(row, hook_name))
         tokens += [_token(text, -1) for text in around.get("after", ())]
     begins = "".join(text for text, _, special in tokens if not special)
     return {
         "name": _shown(name or " ".join(begins.split())[:_NAME_LENGTH] or "vectors"),
+        "hook": hook_name,
         "tokens": tokens,
         "rows": shown,
-        "columns": {k: v for k, v in (columns or {}).items() if v is not None},
+        "columns": {
+            _shown(key): _shown(_clipped(str(value)))
+            for key, value in (columns or {}).items()
+            if value is not None
+        },
     }
 
 
@@ -99,23 +131,52 @@ def _token(text: str | None, row: int) -> list[Any]:
     return [_shown(shown), row, int(text is not None and bool(_SPECIAL.fullmatch(text)))]
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page needs of a row, under names of one letter: there are many."""
-    return {
-        "p": row.get("position"),
-        "t": _shown(row.get("token")),
-        "x": _shown(row.get("text")),
-        "c": _rounded(row.get("cos")),
-        "f": _rounded(row.get("fve_nrm")),
-        "n": row.get("norm"),
-        "h": row.get("hook_name"),
-        "g": list(row.get("flags") or ()),
-        "e": _shown(row.get("error")),
-        "s": [
-            {"x": _shown(s["text"]), "c": _rounded(s.get("cos")), "f": _rounded(s.get("fve_nrm"))}
-            for s in row.get("samples") or ()
+def _row(row: Mapping[str, Any], hook_name: str | None) -> dict[str, Any]:
+    """What the page needs of a row, under names of one letter: there are many.
+
+    What is not known is left out, and so is a hook that is the document's.
+    """
+    hook = _shown(row.get("hook_name"))
+    return _known(
+        p=row.get("position"),
+        t=_shown(row.get("token")),
+        x=_shown(row.get("text")),
+        n=_rounded(row.get("norm")),
+        h=None if hook == hook_name else hook,
+        g=[_shown(flag) for flag in row.get("flags") or ()],
+        e=_shown(row.get("error")),
+        u=_rounded(row.get("trust")),
+        s=[
+            _known(x=_shown(sample["text"]), **_scores(sample))
+            for sample in row.get("samples") or ()
         ],
-    }
+        k=[_claim(claim) for claim in row.get("claims") or ()],
+        **_scores(row),
+    )
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, float | None]:
+    return {"c": _rounded(row.get("cos")), "f": _rounded(row.get("fve_nrm"))}
+
+
+def _claim(claim: Mapping[str, Any]) -> dict[str, Any]:
+    return _known(
+        x=_shown(claim["text"]),
+        q=1 if claim["kind"] == "quote" else None,
+        u=_rounded(claim.get("support")),
+        i=None if claim.get("in_context") is None else int(claim["in_context"]),
+        a=_rounded(claim.get("agreement")),
+    )
+
+
+def _known(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None and value != []}
+
+
+def _cells(row: Mapping[str, Any]) -> list[Any]:
+    """A row of the table that is shown where no script runs."""
+    said, flags = row.get("x", row.get("e")), " ".join(row.get("g", ()))
+    return [row.get("p", ""), row.get("t", ""), said, row.get("f", ""), row.get("c", ""), flags]
 
 
 def documents_of(explanations: Sequence[Explanation]) -> list[dict[str, Any]]:
@@ -132,24 +193,16 @@ def documents_of(explanations: Sequence[Explanation]) -> list[dict[str, Any]]:
 
 
 def _rounded(value: float | None) -> float | None:
-    # A NaN is no JSON, and as a score it is none.
-    return None if value is None or value != value else round(value, 4)
+    # What is no number is no JSON, and as a score it is none.
+    return round(value, 4) if value is not None and math.isfinite(value) else None
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _COLUMN_LENGTH else text[:_COLUMN_LENGTH] + " …"
 
 
 def _shown(text: Any) -> Any:
-    if not isinstance(text, str):
-        return text
-    return harmless(text.encode("utf-8", "backslashreplace").decode())
-
-
-def _json(data: Any) -> str:
-    """JSON that cannot end the block it stands in."""
-    written = json.dumps(
-        data, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str
-    )
-    for character in "<>&\u2028\u2029":
-        written = written.replace(character, f"\\u{ord(character):04x}")
-    return written
+    return harmless(text) if isinstance(text, str) else text
 
 
 @cache

@@ -209,16 +209,20 @@ class Store:
             limit: Only the first so many documents.
             live: See `results.page.to_page`.
         """
+        title = self.path.resolve().name
+        return to_page(self.documents(limit), title=title, about=self.about(), live=live)
+
+    def documents(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """What the page shows of each document, see `results.page.document`."""
         between = self._between()
-        documents: dict[int, list[dict[str, Any]]] = {}
+        found: dict[int, list[dict[str, Any]]] = {}
         for row in self.rows():
             if limit is None or row["document"] < limit:
-                documents.setdefault(row["document"], []).append(row)
-        shown = [
+                found.setdefault(row["document"], []).append(row)
+        return [
             document(rows, between=between, columns={name: rows[0][name] for name in self.user})
-            for rows in documents.values()
+            for rows in found.values()
         ]
-        return to_page(shown, title=self.path.resolve().name, about=self.about(), live=live)
 
     def to_html(self, path: str | Path, *, limit: int | None = None) -> Path:
         """Writes one HTML file that works from disk, everything escaped.
