@@ -70,7 +70,7 @@ class NLA(Saveable):
         base: Bases = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         engine: str | Mapping[str, str] = "transformers",
-        url: str | Server | None = None,
+        url: str | Server | Sequence[str | Server] | None = None,
         trust_remote_code: bool = False,
     ) -> NLA:
         """Loads a pair, or a verbalizer alone.
@@ -99,7 +99,8 @@ class NLA(Saveable):
             engine: Where the halves run: "transformers", "transformer_lens", "nnsight", "ndif";
                 "vllm" and "sglang" (the verbalizer there, the rest by transformers here); or
                 {"av": ..., "ar": ..., "source": ...}, each elsewhere.
-            url: Where the vLLM or SGLang server is.
+            url: Where the vLLM or SGLang server is, or a list of several: requests are spread over
+                them, and one that dies only costs its share of speed.
             trust_remote_code: Run Python code from the checkpoint. Off: code of strangers.
 
         Raises:

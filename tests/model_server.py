@@ -10,9 +10,11 @@ token ids can be compared. What the servers refuse, they refuse in the words of 
 import base64
 import io
 import json
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -33,6 +35,10 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server: "_HTTP"
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.owner.connections.add(self.connection)
 
     def do_GET(self) -> None:
         self.body: Any = None
@@ -89,17 +95,39 @@ class ModelServer:
         self.settings_path = "/server_info"
         self.models: Any = None
         self._lock = threading.Lock()
-        self._http = _HTTP(("127.0.0.1", 0), Handler)
-        self._http.owner = self
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self.connections: set[Any] = set()
+        self._http: _HTTP | None = None
+        self._port = 0
+        self._listen()
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    def _listen(self) -> None:
+        self._http = _HTTP(("127.0.0.1", self._port), Handler)
+        self._http.owner, self._port = self, self._http.server_port
 
     def __enter__(self) -> "ModelServer":
+        assert self._http is not None
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        if self._http is not None:
+            self._http.shutdown()
+            self._http.server_close()
+            self._http = None
+
+    def kill(self) -> None:
+        """What a process that is killed leaves: nobody listens, and every connection is closed."""
+        self.__exit__()
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self.connections.clear()
+
+    def start_again(self) -> None:
+        """At the same address."""
+        self._listen()
+        self.__enter__()
 
     def get(self, path: str, handler: Handler) -> Answered:
         if not self._let_in(handler):

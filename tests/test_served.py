@@ -808,11 +808,11 @@ def test_interrupted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ctrl-C ends at once, and what was finished is in the exception."""
-    from nla_lens.engines.served import verbalizer as served_verbalizer
+    from nla_lens.engines.served import spreading
 
     server = serve(engine)
     there = load(server, connections=2, rows_per_request=1)
-    waited = served_verbalizer.wait
+    waited = spreading.wait
     calls = 0
 
     def wait(*args: Any, **options: Any) -> Any:
@@ -822,7 +822,7 @@ def test_interrupted(
             raise KeyboardInterrupt
         return waited(*args, **options)
 
-    monkeypatch.setattr(served_verbalizer, "wait", wait)
+    monkeypatch.setattr(spreading, "wait", wait)
     with pytest.raises(KeyboardInterrupt) as caught:
         explains(there, 8)()
     assert len(caught.value.explanations) >= 1  # type: ignore[attr-defined]

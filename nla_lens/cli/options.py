@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -65,7 +65,11 @@ _LOADING = [
         show_default=True,
         help="Where the halves run: transformers, transformer_lens, nnsight, ndif, vllm, sglang.",
     ),
-    click.option("--url", help="The vLLM or SGLang server: http://HOST:PORT."),
+    click.option(
+        "--url",
+        multiple=True,
+        help="The vLLM or SGLang server: http://HOST:PORT; more than once: spread over several.",
+    ),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code from the checkpoint."),
 ]
 
@@ -89,13 +93,13 @@ loading_options = with_options(_LOADING)
 """How it is loaded."""
 
 
-def load_nla(*, name: str | None, av: str | None, **options: Any) -> Any:
+def load_nla(*, name: str | None, av: str | None, url: Sequence[str] = (), **options: Any) -> Any:
     """The NLA that the options of `halves_options` and `loading_options` name."""
     from nla_lens.nla import NLA
 
     if name is None and av is None:
         name = "tiny"
-    return NLA.from_pretrained(name, av=av, **options)
+    return NLA.from_pretrained(name, av=av, url=list(url) or None, **options)
 
 
 def parse_positions(positions: str | None) -> list[int] | slice | None:

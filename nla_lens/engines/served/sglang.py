@@ -28,8 +28,10 @@ from torch import Tensor
 
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
-from nla_lens.engines import Job
-from nla_lens.engines.served.settings import SGLANG_FLAGS, ask_sglang, of_sglang
+from nla_lens.engines import Job, VerbalizerEngine
+from nla_lens.engines.served.server import Server
+from nla_lens.engines.served.settings import SGLANG_FLAGS, Told, ask_sglang, of_sglang
+from nla_lens.engines.served.several import on_servers
 from nla_lens.engines.served.verbalizer import Generated, Half, ServedVerbalizer, open_half
 from nla_lens.errors import NLAError, NLARemoteError
 from nla_lens.models.placement import Placement
@@ -53,26 +55,26 @@ _BYTES_A_NUMBER: Final = 16
 
 def load_verbalizer(
     checkpoint: Checkpoint, spec: NLASpec, placement: Placement, url: Any = None
-) -> SGLangVerbalizer:
-    """An AV on an SGLang server, which is asked whether it reads this checkpoint's embeddings."""
+) -> VerbalizerEngine:
+    """An AV on SGLang servers, which are asked whether they read this checkpoint's embeddings."""
     if checkpoint.is_adapter:
         raise NLAError(
             f"{checkpoint.name} is a LoRA adapter, which engine='sglang' cannot run: merge it into "
             "its base model and serve that, or use another engine"
         )
-    half = open_half(checkpoint, spec, placement, url, "sglang")
-    if half.config.model_type == "gemma3" and not half.server.reads_embeds:
-        raise NLAError(
-            f"{checkpoint.name} is Gemma 3's multimodal wrapper, in which SGLang ignores "
-            "embeddings without a word: serve the text model alone (Gemma3ForCausalLM), or use "
-            "another engine, or, if the server was patched, pass url=Server(URL, reads_embeds=True)"
-        )
-    computes = str(half.rows.dtype).removeprefix("torch.")
-    told = of_sglang(ask_sglang(half.server), half.server, computes, _SENT)
-    engine = SGLangVerbalizer(half)
-    engine.say(told)
-    engine.probe([spec.injection_token_id])
-    return engine
+
+    def load(server: Server) -> SGLangVerbalizer:
+        half = open_half(checkpoint, spec, placement, server, "sglang")
+        if half.config.model_type == "gemma3" and not half.server.reads_embeds:
+            raise NLAError(
+                f"{checkpoint.name} is Gemma 3's multimodal wrapper, in which SGLang ignores "
+                "embeddings without a word: serve the text model alone (Gemma3ForCausalLM), or use "
+                "another engine, or, if the server was patched, pass url=Server(URL, "
+                "reads_embeds=True)"
+            )
+        return SGLangVerbalizer(half)
+
+    return on_servers(url, "sglang", load)
 
 
 class SGLangVerbalizer(ServedVerbalizer):
@@ -84,6 +86,11 @@ class SGLangVerbalizer(ServedVerbalizer):
     def __init__(self, half: Half) -> None:
         super().__init__(half)
         self._written: tuple[Any, str, str] = (None, "", "")
+
+    def told(self) -> Told:
+        """See `ServedVerbalizer`."""
+        computes = str(self.rows.dtype).removeprefix("torch.")
+        return of_sglang(ask_sglang(self.server), self.server, computes, _SENT)
 
     def bytes_a_row(self, n_tokens: int) -> int:
         """Numbers are written out."""

@@ -11,11 +11,9 @@ gives wrong answers to others, too.
 from __future__ import annotations
 
 import logging
-import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Final
@@ -31,6 +29,7 @@ from nla_lens.engines.served.channel import Channel
 from nla_lens.engines.served.prompt_rows import PromptRows, model_files, open_rows
 from nla_lens.engines.served.server import Served, Server, listed, pick
 from nla_lens.engines.served.settings import Told
+from nla_lens.engines.served.spreading import spread
 from nla_lens.errors import NLAError, NLARemoteError
 from nla_lens.models.placement import Placement
 from nla_lens.models.tokens import find_eos_ids
@@ -39,12 +38,9 @@ from nla_lens.stream.injection import replace
 
 _log = logging.getLogger(__name__)
 
-_BYTES_UNDER_WAY: Final = 256 << 20
-_BYTES_A_REQUEST: Final = 32 << 20
 _BYTES_A_TOKEN: Final = 1 << 10
 """More than an answer's id and text can take."""
 _BYTES_AN_ANSWER: Final = 1 << 20
-_GRACE_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -88,22 +84,39 @@ class ServedVerbalizer(ABC):
 
     def __init__(self, half: Half) -> None:
         self.eos_ids, self.server, self.served = half.eos_ids, half.server, half.served
-        self.rows = half.rows
+        self.rows, self._marker_id = half.rows, half.spec.injection_token_id
         self.said: tuple[str, ...] = ()
 
-    def say(self, told: Told) -> None:
-        """Keeps and logs what the server's settings mean.
+    def settle(self) -> None:
+        """Asks how the server was started, logs what of it counts, and has it read an embedding.
 
         Raises:
-            NLARemoteError: They make answers wrong.
+            NLAError: It cannot be asked, or its answers would be wrong.
         """
-        self.said = told.check(self.server)
+        self.said = self.told().check(self.server)
         for words in self.said:
             _log.warning("the server at %s: %s", self.server.url, words)
+        self.probe([self._marker_id])
+
+    def look(self) -> None:
+        """Looks again at a server that was away.
+
+        Raises:
+            NLAError: It is still away, or is not what it was.
+        """
+        with Channel(self.server.hurried()) as channel:
+            found = listed(channel.get("/v1/models"), self.server.url)
+        if self.served not in found:
+            raise self.error(f"does not serve {self.served.name!r:.120} any more", "not_deployed")
+        self.settle()
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """What enters block 0 for these ids, `[T, d]` float32 on the CPU."""
         return self.rows.of(ids)
+
+    @abstractmethod
+    def told(self) -> Told:
+        """What the server's settings mean."""
 
     @abstractmethod
     def body(self, embeds_NTD: Tensor, job: Job, rows: Sequence[int]) -> Mapping[str, Any] | bytes:
@@ -146,7 +159,7 @@ class ServedVerbalizer(ABC):
         embed_1D = self.embed(ids[:1])
         job = Job(ids[:1], 0, embed_1D, 1, lambda ids: True)
         with Channel(self.server.hurried(), self.tell) as channel:
-            self._read(channel.post(self.path, self.body(embed_1D[None], job, [0])), job, [0])
+            self.read(channel.post(self.path, self.body(embed_1D[None], job, [0])), job, [0])
 
     def generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
         """Yields (row, ids) as requests are answered; checks the job before anything is sent.
@@ -155,53 +168,22 @@ class ServedVerbalizer(ABC):
             NLAError: Too long for the server, or not finite in its dtype; or the server failed:
                 what it still answers within 5 s is yielded first.
         """
-        self._check(job)
-        return self._generate(job)
+        self.check(job)
+        return spread([self], job)
 
-    def _generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
-        batches, at_once = self._batches(job)
-        embed_TD = self.embed(job.prompt_ids)
-        running: dict[Future[Any], list[int]] = {}
-        failure: NLAError | None = None
-        until = 0.0
-        with Channel(self.server, self.tell) as channel:
-            while running or (batches and failure is None):
-                while batches and failure is None and len(running) < at_once:
-                    rows = batches.popleft()
-                    running[self._send(channel, embed_TD, job, rows)] = rows
-                left = None if failure is None else max(0.0, until - time.monotonic())
-                done, _ = wait(running, left, FIRST_COMPLETED)
-                if not done:
-                    break
-                for future in done:
-                    try:
-                        found = self._read(future, job, running.pop(future))
-                    except NLAError as error:
-                        if failure is None:
-                            failure, until = error, time.monotonic() + _GRACE_SECONDS
-                        continue
-                    yield from found
-        if failure is not None:
-            raise failure
-
-    def _batches(self, job: Job) -> tuple[deque[list[int]], int]:
-        """Rows for one request each, and how many requests may be under way."""
-        size, n = self.bytes_a_row(len(job.prompt_ids)), len(job.injected_ND)
-        most = job.batch_size or n
-        rows = max(1, min(self.most_rows(job), most, _BYTES_A_REQUEST // size))
-        at_once = min(self.server.connections, most // rows, _BYTES_UNDER_WAY // (rows * size))
-        batches = [list(range(i, min(i + rows, n))) for i in range(0, n, rows)]
-        return deque(batches), max(1, at_once)
-
-    def _send(self, channel: Channel, embed_TD: Tensor, job: Job, rows: list[int]) -> Future[Any]:
+    def send(
+        self, channel: Channel, embed_TD: Tensor, job: Job, rows: Sequence[int]
+    ) -> Future[Any]:
+        """Asks for some rows; `read` takes what comes of it."""
         embed_NTD = embed_TD.expand(len(rows), -1, -1)
-        embeds_NTD = replace(embed_NTD, job.injected_ND[rows], job.marker)
+        embeds_NTD = replace(embed_NTD, job.injected_ND[list(rows)], job.marker)
         # The prompt's ids come back, too: placeholders.
         n_tokens = job.max_new_tokens + len(job.prompt_ids)
         limit = _BYTES_AN_ANSWER + len(rows) * n_tokens * _BYTES_A_TOKEN
         return channel.post(self.path, self.body(embeds_NTD, job, rows), limit)
 
-    def _check(self, job: Job) -> None:
+    def check(self, job: Job) -> None:
+        """Raises an NLAError for a job that the server cannot do."""
         n_tokens, longest = len(job.prompt_ids) + job.max_new_tokens, self.served.max_len
         if longest is not None and n_tokens > longest:
             raise NLAError(
@@ -217,9 +199,14 @@ class ServedVerbalizer(ABC):
                 "nothing was sent: it would also spoil the answers to others"
             )
 
-    def _read(
+    def read(
         self, future: Future[Any], job: Job, rows: Sequence[int]
     ) -> list[tuple[int, list[int]]]:
+        """Each row's ids in the answer to a request.
+
+        Raises:
+            NLAError: There is none, or it is something else.
+        """
         found = self.answers(future.result(), len(rows))
         return [(row, self._cut(one, job, row)) for row, one in zip(rows, found, strict=True)]
 

@@ -26,8 +26,10 @@ from torch import Tensor
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checks import is_int
-from nla_lens.engines import Job
-from nla_lens.engines.served.settings import ask_vllm, of_vllm
+from nla_lens.engines import Job, VerbalizerEngine
+from nla_lens.engines.served.server import Server
+from nla_lens.engines.served.settings import Told, ask_vllm, of_vllm
+from nla_lens.engines.served.several import on_servers
 from nla_lens.engines.served.verbalizer import Generated, Half, ServedVerbalizer, open_half
 from nla_lens.errors import NLARemoteError
 from nla_lens.models.placement import Placement
@@ -51,14 +53,13 @@ _NEUTRAL: Final[Mapping[str, Any]] = {
 
 def load_verbalizer(
     checkpoint: Checkpoint, spec: NLASpec, placement: Placement, url: Any = None
-) -> VLLMVerbalizer:
-    """An AV on a vLLM server, which is asked whether it reads this checkpoint's embeddings."""
-    half = open_half(checkpoint, spec, placement, url, "vllm")
-    computes = str(half.rows.dtype).removeprefix("torch.")
-    engine = VLLMVerbalizer(half)
-    engine.say(of_vllm(ask_vllm(half.server), half.server, computes))
-    engine.probe([spec.injection_token_id])
-    return engine
+) -> VerbalizerEngine:
+    """An AV on vLLM servers, which are asked whether they read this checkpoint's embeddings."""
+
+    def load(server: Server) -> VLLMVerbalizer:
+        return VLLMVerbalizer(open_half(checkpoint, spec, placement, server, "vllm"))
+
+    return on_servers(url, "vllm", load)
 
 
 class VLLMVerbalizer(ServedVerbalizer):
@@ -70,6 +71,11 @@ class VLLMVerbalizer(ServedVerbalizer):
     def __init__(self, half: Half) -> None:
         super().__init__(half)
         self._d_model = half.spec.d_model
+
+    def told(self) -> Told:
+        """See `ServedVerbalizer`."""
+        computes = str(self.rows.dtype).removeprefix("torch.")
+        return of_vllm(ask_vllm(self.server), self.server, computes)
 
     def most_rows(self, job: Job) -> int:
         """One where rows have seeds of their own."""
