@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import click
 import pytest
 import torch
 
-from nla_lens import NLA, cli
+from nla_lens import NLA
+from nla_lens.cli.main import cli, main
 from nla_lens.cli.options import parse_positions
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.explanations import Explanations
@@ -35,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         monkeypatch.setattr(sys, "argv", ["nla-lens", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            cli.main()
+            main()
         code = exit_.value.code
         return Run(0 if code is None else int(code), *capfd.readouterr())
 
@@ -351,14 +353,28 @@ def test_no_command_shows_what_there_is(run) -> None:
     assert "Commands:" in got.err and "explain" in got.err
 
 
-@pytest.mark.parametrize("command", [[], ["explain"], ["info"], ["check"]])
+COMMANDS = sorted(cli.list_commands(click.Context(cli)))
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help(run, command: list[str], flag: str) -> None:
     got = run(*command, flag)
     assert (got.status, got.err) == (0, "")
     assert "Usage: nla-lens" in got.out
     for option in ("--json", "--nla" if command == ["explain"] else "--help"):
-        assert option in got.out or command in ([], ["check"])
+        assert option in got.out or command not in (["explain"], ["info"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_is_there_twice(name: str) -> None:
+    """click warns of it, and hands the command one of the two."""
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    flags = [flag for param in command.params for flag in (*param.opts, *param.secondary_opts)]
+    assert sorted(flags) == sorted(set(flags))
+    names = [param.name for param in command.params]
+    assert sorted(names) == sorted(set(names))
 
 
 def test_version(run) -> None:
@@ -381,14 +397,23 @@ def test_the_command_as_it_is_installed(pair: Path) -> None:
     assert len(bad.err.splitlines()) == 1 and "position 99" in bad.err
 
 
-def test_info_loads_no_torch(pair: Path) -> None:
-    code = (
-        "import sys; sys.argv = ['nla-lens', 'info', sys.argv[1], '--json']\n"
-        "from nla_lens.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "print([m for m in ('torch', 'transformers') if m in sys.modules], file=sys.stderr)"
-    )
+def test_info_help_and_wrong_options_load_no_torch(pair: Path) -> None:
+    code = f"""if True:
+    import contextlib, io, sys
+    from nla_lens.cli import main
+    pair = sys.argv[1]
+    silent = io.StringIO()
+    def run(*arguments):
+        sys.argv = ["nla-lens", *arguments]
+        try: main()
+        except SystemExit as ended: return ended.code
+    with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+        assert not run("--help")
+        for name in {COMMANDS}:
+            assert not run(name, "--help") and run(name, "--no-such-option") == 2, name
+    run("info", pair, "--json")
+    print([m for m in ("torch", "transformers") if m in sys.modules], file=sys.stderr)
+    """
     done = subprocess.run(
         [sys.executable, "-c", code, str(pair)], capture_output=True, text=True, timeout=60
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from nla_lens.cli.options import halves_options, load_nla, loading_options
+from nla_lens.cli.options import halves_options, load_nla, loading_options_beside_another
 from nla_lens.cli.output import print_json, print_table
 from nla_lens.errors import NLAError
 
@@ -14,7 +14,7 @@ from nla_lens.errors import NLAError
 @click.command()
 @click.argument("sae")
 @click.option("--latents", help='Which: "7560", "7560,12", "0:64"; default: all.')
-@click.option("--subfolder", help="Which dictionary, where SAE has several.")
+@click.option("--subfolder", "sae_subfolder", help="Which dictionary, where SAE has several.")
 @click.option("--filename", help="Which weights file, where SAE has several.")
 @click.option("--format", "format_name", help="Whose format it is in, where nothing proves one.")
 @click.option("--hook-name", help="Where it reads, where its files do not say, or say it wrongly.")
@@ -28,11 +28,11 @@ from nla_lens.errors import NLAError
 @click.option("--neuronpedia-model", help="Neuronpedia's name of the model.")
 @click.option("--neuronpedia-source", help="Neuronpedia's name of the dictionary.")
 @halves_options
-@loading_options
+@loading_options_beside_another
 def features(
     sae: str,
     latents: str | None,
-    subfolder: str | None,
+    sae_subfolder: str | None,
     filename: str | None,
     format_name: str | None,
     hook_name: str | None,
@@ -59,7 +59,7 @@ def features(
     if neuronpedia and not (neuronpedia_model and neuronpedia_source):
         raise NLAError("--neuronpedia needs --neuronpedia-model and --neuronpedia-source")
     dictionary = load_dictionary(
-        sae, subfolder=subfolder, filename=filename, hook_name=hook_name, format=format_name
+        sae, subfolder=sae_subfolder, filename=filename, hook_name=hook_name, format=format_name
     )
     chosen = parse_latents(latents, Latents(dictionary).d_sae)
     nla = load_nla(**options)

@@ -28,6 +28,11 @@ class JsonObject(click.ParamType):
         return found
 
 
+def _subfolder(flag: str) -> Any:
+    return click.option(flag, "subfolder", help="The folder in what names the NLA.")
+
+
+_SUBFOLDER = _subfolder("--subfolder")
 _HALVES = [
     click.option(
         "--nla",
@@ -45,7 +50,7 @@ _SPEC = [
     ),
     click.option("--injection-scale", type=float, help="The norm vectors are injected at."),
     click.option("--layer", type=int, help="K, where neither sidecar nor known release says it."),
-    click.option("--subfolder", help="The folder in what is named."),
+    _SUBFOLDER,
     click.option("--base", help="What LoRA halves go onto, instead of what they name."),
     click.option(
         "--chat-template-kwargs",
@@ -91,6 +96,10 @@ spec_options = with_options(_SPEC)
 """What a checkpoint may leave out."""
 loading_options = with_options(_LOADING)
 """How it is loaded."""
+loading_options_beside_another = with_options(
+    [*(option for option in _LOADING if option is not _SUBFOLDER), _subfolder("--nla-subfolder")]
+)
+"""As `loading_options`, for a command whose `--subfolder` is something else's."""
 
 
 def load_nla(*, name: str | None, av: str | None, url: Sequence[str] = (), **options: Any) -> Any:
