@@ -23,15 +23,17 @@ import torch
 from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Mediator
-from torch import Tensor, nn
+from torch import Tensor
 
+from nla_lens.adapters.nnsight_parts import envoy_of, text_stack
 from nla_lens.adapters.nnsight_remote import explaining
 from nla_lens.adapters.nnsight_run import Recorder
+from nla_lens.adapters.nnsight_steering import patched_block, size_of_blocks, watched_stack_of
 from nla_lens.adapters.nnsight_tracer import RecordingTracer, reduced
 from nla_lens.engines.local.nnsight_threads import let_threads
 from nla_lens.engines.ndif.source import NDIFSource, open_remote_source
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import blocks_of, text_model, width_of
+from nla_lens.models.anatomy import blocks_of, width_of
 from nla_lens.models.passes import OwnPass
 from nla_lens.models.proof import check_stream, say_dropout
 from nla_lens.models.tokens import token_text
@@ -41,6 +43,8 @@ from nla_lens.stream.frameworks import Probe
 from nla_lens.stream.hook_point import ResidPost
 from nla_lens.stream.residual import ResidualTensor
 
+patched, watched, size_of = patched_block, watched_stack_of, size_of_blocks
+"""See `nla_lens.stream.patching`."""
 _REMOTE_DEFAULTS: Final = {"remote": False, "blocking": True, "job_id": None, "verbose": False}
 
 
@@ -55,14 +59,14 @@ def attach(model: Any, nla: NLA) -> Probe:
         NLAError: Not a whole nnsight model, another width, or a probe already there.
     """
     what = f"this {type(model).__name__}"
-    stack = _text_stack(model)
+    stack = text_stack(model)
     if isinstance(model, _ProbedModel):
         raise NLAError(f"{what} has a probe already; detach it first")
     check_stream(stack)
     blocks = list(blocks_of(stack))
     check_fit(nla, d_model=width_of(stack), n_blocks=len(blocks), what=what)
     let_threads(model)
-    envoys = [_envoy_of(model, block) for block in blocks]
+    envoys = [envoy_of(model, block) for block in blocks]
     tokenizer = getattr(model, "tokenizer", None)
     recorder = Recorder(
         {envoy.path: i for i, envoy in enumerate(envoys)},
@@ -106,7 +110,7 @@ class NNsightSource:
         """Raises:
         NLAError: Not an nnsight model around transformers blocks, or no tokenizer.
         """
-        self._stack = _text_stack(model)
+        self._stack = text_stack(model)
         check_stream(self._stack)
         say_dropout(self._stack)
         let_threads(model)
@@ -158,39 +162,12 @@ class NNsightSource:
 
 def block_output(model: Any, ids_BT: Tensor, place: ResidPost) -> Tensor:
     """Output of a block for token ids `[B, T]` without padding; later blocks do not run."""
-    block = _envoy_of(model, blocks_of(_text_stack(model))[place.layer])
+    block = envoy_of(model, blocks_of(text_stack(model))[place.layer])
     with OwnPass(model._module), model.trace(ids_BT) as tracer:
         output = block.output
         resid = (output[0] if isinstance(output, tuple) else output).save()
         tracer.stop()
     return resid.as_ordinary() if isinstance(resid, ResidualTensor) else resid
-
-
-def _text_stack(model: Any) -> Any:
-    """The stack of decoder blocks inside an nnsight model.
-
-    Raises:
-        NLAError: An envoy that is not a whole model, or other modules than transformers blocks.
-    """
-    if not isinstance(model, Envoy) or not isinstance(model._module, nn.Module):
-        raise NLAError(f"a {type(model).__name__} is no nnsight model around a torch module")
-    if model.parent is not None:
-        raise NLAError(
-            f"{model.path} is one module of an nnsight model; pass the whole model, "
-            f"{model.root.path}"
-        )
-    stack = text_model(model._module)
-    if not hasattr(stack, "config"):
-        raise NLAError(f"{type(stack).__name__} is no transformers model: it has no config")
-    return stack
-
-
-def _envoy_of(model: Any, module: nn.Module) -> Any:
-    """The envoy of a module; modules that two paths lead to have one."""
-    for envoy in model.modules():
-        if envoy._module is module:
-            return envoy
-    raise NLAError(f"nnsight wraps no {type(module).__name__} of this model; is it a copy?")
 
 
 class _Probed(Envoy):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nla_lens.adapters.transformer_bridge_live import Live
 from nla_lens.adapters.transformer_bridge_run import Run
+from nla_lens.adapters.transformer_bridge_steering import patched_point, watched_model
 from nla_lens.engines.local.transformer_lens import let_attention_find_its_cache, resid_post
 from nla_lens.errors import NLAError
 from nla_lens.models.block_reader import may_cut
@@ -102,6 +103,21 @@ def as_source(model: Any, tokenizer: Any = None) -> TransformerLensSource:
     _check_kind(model)
     _refuse_centred(model)
     return TransformerLensSource(model, tokenizer)
+
+
+def size_of(model: Any) -> tuple[int, int]:
+    """Width and number of blocks of a model that can be steered.
+
+    Raises:
+        NLAError: Of another class, or with centred weights.
+    """
+    _check_kind(model)
+    _refuse_centred(model)
+    return model.cfg.d_model, model.cfg.n_layers
+
+
+patched, watched = patched_point, watched_model
+"""See `nla_lens.stream.patching`."""
 
 
 class TransformerLensSource:

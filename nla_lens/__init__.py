@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nla_lens.stream.frameworks import Probe, attach
     from nla_lens.stream.hook_point import ResidPost
     from nla_lens.stream.residual import ResidualTensor
+    from nla_lens.stream.steering import steer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "explain_corpus",
     "extract",
     "open_store",
+    "steer",
 ]
 _HOMES = {
     "NLA": "nla",
@@ -65,6 +67,7 @@ _HOMES = {
     "explain_corpus": "jobs.running",
     "extract": "stream.extraction",
     "open_store": "results.store",
+    "steer": "stream.steering",
 }
 
 

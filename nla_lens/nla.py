@@ -28,6 +28,8 @@ from nla_lens.results import metrics
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.explanations import Explanations
 from nla_lens.stream.extraction import Positions, Source, Text
+from nla_lens.stream.origin import Origin
+from nla_lens.stream.residual import ResidualTensor
 from nla_lens.stream.vectors import VectorBatch, VectorsLike, check_vectors
 
 
@@ -300,7 +302,9 @@ class NLA(Saveable):
             edited: The text after the edit.
 
         Returns:
-            `AR(edited) - AR(explanation)`, `[d]` float32; adding it to the residual stream steers
-            the source model.
+            `AR(edited) - AR(explanation)`, `[d]` float32, which knows its layer; adding it to the
+            residual stream steers the source model (`nla_lens.steer`).
         """
-        return self._need_reconstructor().difference(str(explanation), edited)
+        difference_D = self._need_reconstructor().difference(str(explanation), edited)
+        origin = replace(Origin.unknown(()), hook_name=self.spec.hook_name, nla=self)
+        return ResidualTensor.wrap(difference_D, origin)

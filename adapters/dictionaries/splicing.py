@@ -98,17 +98,17 @@ def _in_nnsight(
     splice: Callable[..., Tensor],
     kwargs: dict[str, Any],
 ) -> Any:
-    from nla_lens.adapters.nnsight_model import _envoy_of, _text_stack
+    from nla_lens.adapters.nnsight_parts import envoy_of, text_stack
     from nla_lens.engines.local.nnsight_threads import let_threads
 
     if kwargs.get("remote"):
         raise NLAError("the NLA runs in this process: splicing works without remote=True only")
-    stack = _text_stack(model)
+    stack = text_stack(model)
     layer = dictionary.nla.spec.layer or 0
     what = f"this {type(model).__name__}"
     d_model, n_blocks = width_of(stack), len(blocks_of(stack))
     check_fit(dictionary.nla, d_model=d_model, n_blocks=n_blocks, what=what)
-    block = _envoy_of(model, blocks_of(stack)[layer])
+    block = envoy_of(model, blocks_of(stack)[layer])
     let_threads(model)
     with turn(stack), model.trace(tokens, **kwargs):
         output = block.output

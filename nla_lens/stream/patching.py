@@ -1,7 +1,7 @@
 """A residual stream changed on its way: while it lasts, a model's block K gives something else.
 
-Steering and splicing are built on this. Each framework's adapter does it by its own hooks; a plain
-transformers model by a forward hook.
+Steering and splicing are built on this. Each framework's adapter does it by its own hooks, and says
+which passes go by; a plain transformers model has forward hooks.
 """
 
 from __future__ import annotations
@@ -9,18 +9,38 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import blocks_of, input_device
+from nla_lens.models.anatomy import blocks_of, input_device, text_model
+from nla_lens.models.cache_keyword import cache_among
 from nla_lens.stream.frameworks import find_adapter
 from nla_lens.stream.hook_point import ResidPost
+from nla_lens.stream.origin import where_of_pass
+from nla_lens.stream.residual import ResidualTensor
 
 Edit: TypeAlias = Callable[[Tensor], Tensor]
 """`[B, T, d]` to `[B, T, d]`, of the same dtype and device."""
+
+
+class Watcher(Protocol):
+    """Who wants to know of a thread's passes."""
+
+    def begin(self, where_BT3: Tensor | None, n_past: int) -> None:
+        """A pass is about to run.
+
+        Args:
+            where_BT3: Its rows, positions and tokens; None where they are not known.
+            n_past: How many tokens of each row are in a cache.
+        """
+        ...
+
+    def end(self) -> None:
+        """It is over, or failed."""
+        ...
 
 
 def patched(model: Any, place: ResidPost, edit: Edit) -> contextlib.AbstractContextManager[None]:
@@ -65,15 +85,78 @@ def patched_module(module: nn.Module, edit: Edit) -> Iterator[None]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if threading.get_ident() != mine:
             return None
-        if isinstance(output, tuple):
-            return (edit(output[0]), *output[1:])
-        return edit(output)
+        return edited(output, edit)
 
-    handle = module.register_forward_hook(hook)
+    # First of all hooks, so that whoever records the block's output records what goes on.
+    handle = module.register_forward_hook(hook, prepend=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def edited(output: Any, edit: Edit) -> Any:
+    """What a block gives, a tuple that begins with the residual stream or that alone, edited."""
+    if isinstance(output, tuple):
+        return (edited(output[0], edit), *output[1:])
+    return edit(output.as_ordinary() if isinstance(output, ResidualTensor) else output)
+
+
+def watched(
+    model: Any, place: ResidPost, watcher: Watcher
+) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, a watcher is told of this thread's passes before they come to `place`.
+
+    Args:
+        model: As in `patched`.
+        place: Where the watcher acts.
+        watcher: Is told.
+    """
+    own = getattr(find_adapter(model), "watched", None)
+    if own is not None:
+        done: contextlib.AbstractContextManager[None] = own(model, place, watcher)
+        return done
+    return watched_stack(text_model(model), watcher)
+
+
+@contextlib.contextmanager
+def watched_stack(stack: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """The same for the transformers model that holds the blocks."""
+    mine = threading.get_ident()
+
+    def begin(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        # Without keywords: another thread's, begun while torch had noted the hook, not its kind.
+        if kwargs is not None and threading.get_ident() == mine:
+            where_BT3, n_past = _known_of_pass(args, kwargs)
+            watcher.begin(where_BT3, n_past)
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == mine:
+            watcher.end()
+
+    handles = [
+        stack.register_forward_pre_hook(begin, with_kwargs=True),
+        # Also where the pass fails, so that it is over.
+        stack.register_forward_hook(end, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _known_of_pass(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, int]:
+    """Rows, positions and tokens of a pass of a transformers model, and how long its cache is."""
+    where_BT3 = where_of_pass(args, kwargs)
+    if where_BT3 is None:
+        return None, 0
+    length = getattr(cache_among(kwargs), "get_seq_length", None)
+    if length is not None:
+        return where_BT3, int(length())
+    mask_BS = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    known = isinstance(mask_BS, Tensor) and mask_BS.ndim == 2
+    return where_BT3, mask_BS.shape[1] - where_BT3.shape[1] if known else 0  # type: ignore[union-attr]
 
 
 @torch.no_grad()

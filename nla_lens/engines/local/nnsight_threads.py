@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from greenlet import GreenletExit
 from nnsight.intervention.interleaver import Interleaver
+
+from nla_lens.errors import NLAError
 
 _OF_THE_MODEL: Final = ("envoys", "fragments", "defer_exceptions")
 _OF_A_RUN: Final = tuple(name for name in vars(Interleaver()) if name not in _OF_THE_MODEL)
@@ -38,6 +40,13 @@ class ThreadsInterleaver(Interleaver):
     """nnsight's interleaver, with a run for each thread."""
 
     nla_run: _Run
+    nla_acts: dict[str, tuple[Callable[[Any], Any], ...]]
+
+    def handle(self, provider: str, value: Any) -> Any:
+        """See `Interleaver.handle`; what `on_output` asked for comes before all readers."""
+        for act in self.nla_acts.get(provider, ()):
+            value = act(value)
+        return super().handle(provider, value)
 
     def check_dangling_mediators(self) -> None:
         """See `Interleaver.check_dangling_mediators`."""
@@ -72,10 +81,40 @@ def let_threads(model: Any) -> None:
     interleaver = model.interleaver
     with _guard:
         if type(interleaver) is Interleaver and not interleaver.interleaving:
-            interleaver.nla_run = _Run()
+            interleaver.nla_run, interleaver.nla_acts = _Run(), {}
             interleaver.__class__ = ThreadsInterleaver
             for name in _OF_A_RUN:
                 vars(interleaver).pop(name, None)
+
+
+@contextlib.contextmanager
+def on_output(model: Any, path: str, act: Callable[[Any], Any]) -> Iterator[None]:
+    """While it lasts, what a module hands over in a trace goes through `act`, in any thread.
+
+    Args:
+        model: An nnsight model that `let_threads` was called with.
+        path: The path of the module's envoy.
+        act: Its output to its output.
+
+    Raises:
+        NLAError: It has an interleaver of a kind of its own.
+    """
+    interleaver, provider = model.interleaver, f"{path}.output"
+    if not isinstance(interleaver, ThreadsInterleaver):
+        raise NLAError(
+            f"this model's interleaver is a {type(interleaver).__name__}: its traces cannot be "
+            "changed on the way"
+        )
+    with _guard:
+        acts = interleaver.nla_acts
+        acts[provider] = (*acts.get(provider, ()), act)
+    try:
+        yield
+    finally:
+        with _guard:
+            acts[provider] = tuple(other for other in acts[provider] if other is not act)
+            if not acts[provider]:
+                del acts[provider]
 
 
 @contextlib.contextmanager
