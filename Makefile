@@ -34,7 +34,7 @@ PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
 .PHONY: help demo test test-slow test-courses test-sae-lens test-ndif test-vllm find-redis bench clean
-.PHONY: test-newest constraints
+.PHONY: test-newest test-release constraints
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -83,6 +83,9 @@ test-ndif: find-redis .venv-ndif/.test  ## test against a real NDIF server; need
 
 test-vllm: .venv-vllm/.test  ## test against a real vLLM server on the CPU; needs Python 3.11
 	NLA_LENS_TEST_VLLM=1 HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/vllm_server $(PYTEST_ARGS)
+
+test-release: .venv/.test  ## build sdist and wheel, install the wheel in a fresh environment, and use it
+	NLA_LENS_TEST_RELEASE=1 .venv/bin/python -m pytest tests/release --timeout 900 $(PYTEST_ARGS)
 
 find-redis:
 	@command -v redis-server >/dev/null || { \

@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPO = Path(__file__).resolve().parent.parent
 ADAPTERS = REPO / "adapters"
@@ -403,3 +404,9 @@ def test_the_wheel_has_all_that_is_committed(wheel: set[str], committed: list[st
 def test_the_wheel_has_nothing_else(wheel: set[str]) -> None:
     extra = {n for n in wheel if not n.startswith(("nla_lens/", "nla_lens-"))}
     assert extra == set()
+
+
+def test_the_citation_is_of_this_version() -> None:
+    version = re.search(r'^version = "(.+)"$', (REPO / "pyproject.toml").read_text(), re.MULTILINE)
+    cited = yaml.safe_load((REPO / "CITATION.cff").read_text())
+    assert version and cited["version"] == version[1]
