@@ -1,4 +1,4 @@
-"""What would go out: built from a checkout as every file system gives it, installed where nothing else is."""
+"""What would go out, built from a checkout as every file system gives it, and installed afresh."""
 
 from __future__ import annotations
 
