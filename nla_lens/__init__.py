@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nla_lens.checkpoints.spec import NLASpec
     from nla_lens.errors import NLAError, NLARemoteError, NLAWarning
+    from nla_lens.evaluation.compare import compare
     from nla_lens.evaluation.evaluate import evaluate
     from nla_lens.evaluation.examine import examine
+    from nla_lens.evaluation.sweep import sweep
     from nla_lens.jobs.running import explain_corpus
     from nla_lens.nla import NLA
     from nla_lens.results.explanation import Explanation
@@ -42,12 +44,14 @@ __all__ = [
     "ResidualTensor",
     "Store",
     "attach",
+    "compare",
     "evaluate",
     "examine",
     "explain_corpus",
     "extract",
     "open_store",
     "steer",
+    "sweep",
 ]
 _HOMES = {
     "NLA": "nla",
@@ -62,12 +66,14 @@ _HOMES = {
     "ResidualTensor": "stream.residual",
     "Store": "results.store",
     "attach": "stream.frameworks",
+    "compare": "evaluation.compare",
     "evaluate": "evaluation.evaluate",
     "examine": "evaluation.examine",
     "explain_corpus": "jobs.running",
     "extract": "stream.extraction",
     "open_store": "results.store",
     "steer": "stream.steering",
+    "sweep": "evaluation.sweep",
 }
 
 

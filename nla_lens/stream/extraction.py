@@ -108,7 +108,7 @@ def extract(
     source = open_source(model, n_blocks=place.n_blocks, tokenizer=tokenizer, remote=remote)
     listed: list[Text] = [texts] if isinstance(texts, str) else list(texts)
     prompts = [encode(source.tokenizer, text) for text in listed]
-    picked = [_positions(positions, len(ids)) for ids in prompts]
+    picked = [pick_positions(positions, len(ids)) for ids in prompts]
     return read_prompts(source, prompts, picked, place, batch_size)
 
 
@@ -142,7 +142,7 @@ def read_text(
     """The residual of one text at `place`, and of what the model writes next."""
     source.check_place(place)
     ids = encode(source.tokenizer, text, for_answer=generate > 0)
-    picked = _positions(positions, len(ids))
+    picked = pick_positions(positions, len(ids))
     longest = len(ids) + generate if generate > 0 else max(picked, default=0) + 1
     _check_length(source, longest)
     if generate > 0:
@@ -195,7 +195,12 @@ def encode(tokenizer: Any, text: Text, *, for_answer: bool = False) -> list[int]
     return ids
 
 
-def _positions(positions: Positions, length: int) -> list[int]:
+def pick_positions(positions: Positions, length: int) -> list[int]:
+    """Which tokens of a text of some length are asked for, from 0.
+
+    Raises:
+        NLAError: None of its tokens.
+    """
     try:
         if positions is None or isinstance(positions, slice):
             return list(range(length))[positions or slice(None)]

@@ -165,6 +165,14 @@ def logits(model: Any, ids_BT: Tensor, place: ResidPost, edit: Edit | None) -> T
     held = contextlib.nullcontext() if edit is None else patched(model, place, edit)
     with held:
         module = model if isinstance(model, nn.Module) else model._module
-        out = module(ids_BT.to(input_device(module)))
+        out = module(ids_BT.to(_device(module)))
     found: Tensor = out if isinstance(out, Tensor) else out.logits
     return found
+
+
+def _device(module: nn.Module) -> torch.device:
+    try:
+        return input_device(module)
+    except NLAError:
+        # TransformerLens' models are on one.
+        return next(module.parameters()).device

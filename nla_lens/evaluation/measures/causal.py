@@ -1,23 +1,19 @@
-"""What a reconstruction does in the model that wrote the vector: splice it in, steer by an edit."""
+"""What a reconstruction does in the model that wrote the vector, put in the vector's place."""
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nla_lens.evaluation.bootstrap import mean, ratio
+from nla_lens.evaluation.bootstrap import ratio
 from nla_lens.evaluation.measures.fidelity import missing
 from nla_lens.evaluation.report import Measure, measured
 from nla_lens.evaluation.sample import Sample
 from nla_lens.models.batching import right_padded
-from nla_lens.results.sentences import sentences
 from nla_lens.stream.hook_point import ResidPost
 from nla_lens.stream.injection import norms, rescale
 
@@ -30,16 +26,18 @@ class Causal:
 
     Attributes:
         forward: `(ids [B, T], edit) -> logits [B, T, V]`, the residual at `place` passed through
-            `edit`; see `stream.frameworks.patched`.
+            `edit`; see `stream.patching.patched`.
         place: Where the vectors were read.
         prompts: `[n]`: the ids of each vector's text.
         at: `[n]`: its position there.
+        tokenizer: The model's own.
     """
 
     forward: Callable[[Tensor, Any], Tensor]
     place: ResidPost
     prompts: Sequence[Sequence[int]]
     at: Sequence[int]
+    tokenizer: Any
 
     def log_probs(self, rows: Sequence[int], put: Tensor | None, *, add: bool = False) -> Tensor:
         """`[len(rows), V]` of what comes after each vector's token.
@@ -133,77 +131,3 @@ def splice(sample: Sample, causal: Causal, dictionary: Any = None) -> Measure:
         loss={name: float(values.mean()) for name, values in loss.items()},
         kl_from_clean=kl,
     )
-
-
-_STRENGTH: Final = 2.0
-"""Of the residual's length: a sentence of three is about a third of what AR(text) says."""
-
-
-def steering(sample: Sample, causal: Causal, strength: float = _STRENGTH) -> Measure:
-    """Row 15: an edited explanation moves what comes next toward the edited content.
-
-    A sentence of each explanation is exchanged for that of another vector's at the same place; the
-    difference of the two reconstructions is added to the residual, at `strength` times its length.
-    It moved toward the edit where the token that most likely follows the other vector became at
-    least twice as likely.
-    """
-    title = "edits that move the next token toward the edited content"
-    edits = _edits(sample)
-    if len(edits) < 2:
-        return missing("steering", title, "no two explanations differ in one sentence")
-    rows = [i for i, _, _ in edits]
-    others = [j for _, j, _ in edits]
-    edited = sample.back([text for _, _, text in edits])
-    direction = rescale(edited, 1.0) - rescale(sample.said_ND[rows], 1.0)
-    lengths = norms(sample.vectors_ND[rows]) * strength
-    generator = torch.Generator().manual_seed(sample.seed)
-    random_ND = torch.randn(direction.shape, generator=generator)
-    shuffled = direction[torch.randperm(len(rows), generator=generator)]
-    size = norms(direction)
-    put = {
-        "edit": direction * lengths,
-        "random direction": rescale(random_ND, 1.0) * size * lengths,
-        "edit of another": rescale(shuffled, 1.0) * size * lengths,
-    }
-    aimed_at = causal.log_probs(others, None).argmax(-1, keepdim=True)
-    before = causal.log_probs(rows, None).gather(1, aimed_at)[:, 0]
-    documents = sample.documents[rows]
-    moved = {}
-    for name, added in put.items():
-        after = causal.log_probs(rows, added, add=True).gather(1, aimed_at)[:, 0]
-        # Any push flattens a distribution a little: it must be more than that.
-        moved[name] = (after - before > math.log(2)).numpy()
-    found = mean(moved["edit"], documents, seed=sample.seed)
-    shares = {name: float(np.mean(m)) for name, m in moved.items()}
-    control = max(shares["random direction"], shares["edit of another"])
-    return measured(
-        "steering",
-        title,
-        found,
-        control=control,
-        control_name="random direction, or the edit of another explanation",
-        holds=found.low > control,
-        reason="more than its controls" if found.low > control else "no more than its controls",
-        public="the paper: from near 0 to over 70 % of cases",
-        shares=shares,
-        strength=strength,
-    )
-
-
-def _edits(sample: Sample) -> list[tuple[int, int, str]]:
-    """(row, other row, the row's text with the other's last sentence)."""
-    rng = random.Random(sample.seed)
-    parts = [sentences(text) for text in sample.texts]
-    found = []
-    for i, own in enumerate(parts):
-        others = [
-            j
-            for j in rng.sample(range(len(parts)), min(len(parts), 20))
-            if sample.documents[j] != sample.documents[i]
-            and len(parts[j]) == len(own)
-            and own
-            and parts[j][-1] != own[-1]
-        ]
-        if others:
-            found.append((i, others[0], " ".join([*own[:-1], parts[others[0]][-1]])))
-    return found

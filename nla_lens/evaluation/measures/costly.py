@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from nla_lens.errors import NLAError
 from nla_lens.evaluation.measures import causal, fidelity, identity, wording
+from nla_lens.evaluation.measures import steering as steered
 from nla_lens.evaluation.measures.fidelity import missing
 from nla_lens.evaluation.report import Measure, measured
 from nla_lens.evaluation.taking import Taken, take
@@ -115,6 +116,7 @@ def _causal(nla: NLA, taken: Taken, tools: Mapping[str, Any]) -> causal.Causal |
         place,
         taken.prompts,
         sample.positions.tolist(),
+        source.tokenizer,
     )
 
 
@@ -127,11 +129,11 @@ def splice(nla: NLA, taken: Taken, tools: Mapping[str, Any]) -> Measure:
 
 
 def steering(nla: NLA, taken: Taken, tools: Mapping[str, Any]) -> Measure:
-    """Row 15: see `causal.steering`."""
+    """Row 15: see `steering.steering`."""
     found = _causal(nla, taken, tools)
     if isinstance(found, str):
         return missing("steering", "edits that move the next token", found)
-    return causal.steering(taken.sample, found)
+    return steered.steering(taken.sample, found)
 
 
 def drift(nla: NLA, taken: Taken, tools: Mapping[str, Any]) -> Measure:
