@@ -16,14 +16,14 @@ from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import per_half, remote_host
 from nla_lens.engines.served.server import Server
 from nla_lens.errors import NLAError
-from nla_lens.halves.explaining import Options, explain_batch
+from nla_lens.halves.explaining import Options
 from nla_lens.halves.loading import Request, load_halves
 from nla_lens.halves.reconstructor import Reconstructor, check_texts
 from nla_lens.halves.saving import Saveable
+from nla_lens.halves.shown import collected, run
 from nla_lens.halves.source import OwnSource
 from nla_lens.halves.verbalizer import Verbalizer
 from nla_lens.models.placement import Placement
-from nla_lens.progress import with_progress
 from nla_lens.results import metrics
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.explanations import Explanations
@@ -162,27 +162,38 @@ class NLA(Saveable):
             max_new_tokens, temperature, num_samples, seed, batch_size, prompt, score, progress
         )
         batch = self._check(vectors, options)
-        finished: list[Explanation] = []
-        try:
-            finished.extend(self._run(batch, options))
-        except (NLAError, KeyboardInterrupt) as error:
-            # list.extend keeps what came before the error.
-            error.explanations = Explanations(finished)  # type: ignore[union-attr]
-            raise
-        return Explanations(finished, batch.shape) if batch.shape else finished[0]
+        return collected(run(*self._halves, batch, options, table=True), batch.shape)
 
-    def explain_iter(self, vectors: VectorsLike, **options: Any) -> Iterator[Explanation]:
+    def explain_iter(
+        self, vectors: VectorsLike, *, stream: bool = False, **options: Any
+    ) -> Iterator[Explanation]:
         """Like `explain`, yielding one explanation at a time as they finish, in input order.
 
         What has been yielded is yours whatever happens later. Bad input is refused by the call
         itself, not by the first step of the loop.
 
+        With `stream`, a vector's text is also yielded after each of its tokens: flagged `partial`,
+        unscored and not `complete`; what comes last for a vector is what `explain` gives. Vectors
+        still come one after the other: those of a batch are written side by side, so the next one
+        begins with what is there of it by then (`batch_size=1`: with its first token). It costs
+        the decoding of one text a token, and the scoring of texts one by one.
+
         Args:
             vectors: As in `explain`; several leading axes come in row-major order.
+            stream: Yield partial texts, too; for engines in this process.
             **options: As in `explain`.
+
+        Raises:
+            NLAError: As in `explain`; or the engine gives whole answers only.
         """
         wishes = Options.of(options)
-        return self._run(self._check(vectors, wishes), wishes)
+        if stream:
+            self.verbalizer.check_streams()
+        return run(*self._halves, self._check(vectors, wishes), wishes, stream=stream)
+
+    @property
+    def _halves(self) -> tuple[Verbalizer, Reconstructor | None]:
+        return self.verbalizer, self.reconstructor
 
     def _check(self, vectors: VectorsLike, options: Options) -> VectorBatch:
         self.check_options(options)
@@ -193,10 +204,6 @@ class NLA(Saveable):
         options.check(has_reconstructor=self.reconstructor is not None)
         if options.prompt is not None:
             self.verbalizer.custom_prompt(options.prompt)
-
-    def _run(self, batch: VectorBatch, options: Options) -> Iterator[Explanation]:
-        explained = explain_batch(self.verbalizer, self.reconstructor, batch, options)
-        return with_progress(explained, total=len(batch), show=options.progress)
 
     def explain_text(
         self,
@@ -214,7 +221,7 @@ class NLA(Saveable):
             model: A loaded model or a checkpoint directory; None is `spec.source_model`, loaded at
                 the first call and kept.
             generate: Let the model go on writing (argmax) for this many tokens and explain those,
-                too.
+                too. On a terminal or in a notebook each explanation is shown while it is written.
             **options: As in `explain`.
 
         Returns:
@@ -226,7 +233,9 @@ class NLA(Saveable):
         wishes = Options.of(options)
         self.check_options(wishes)
         resid = self._source.read(text, positions, model, generate, wishes.progress)
-        explained = self.explain(resid, **options)
+        batch = check_vectors(resid, self.spec.d_model)
+        written = run(*self._halves, batch, wishes, table=True, live=generate > 0)
+        explained = collected(written, batch.shape)
         if not isinstance(explained, Explanations):
             raise NLAError(f"expected one explanation per position, found {explained!r}")
         return explained

@@ -63,9 +63,7 @@ def waiting(what: str, show: bool | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bar(what: str, show: bool | None, **options: Any) -> Iterator[Any]:
-    if show is None:
-        show = sys.stdout.isatty() or _in_notebook()
-    if not show:
+    if not (show or (show is None and is_watched(show))):
         yield None
         return
     from tqdm.auto import tqdm
@@ -80,7 +78,13 @@ def _bar(what: str, show: bool | None, **options: Any) -> Iterator[Any]:
             bars.remove(bar)
 
 
-def _in_notebook() -> bool:
+def is_watched(show: bool | None) -> bool:
+    """Whether someone looks at a terminal or notebook, and has not said that nothing is wanted."""
+    return show is not False and (sys.stdout.isatty() or in_notebook())
+
+
+def in_notebook() -> bool:
+    """Whether stdout is a notebook's."""
     if "IPython" not in sys.modules:
         return False
     shell = sys.modules["IPython"].get_ipython()

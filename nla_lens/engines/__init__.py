@@ -33,6 +33,8 @@ class Job:
         seeds: One per row, for sampling.
         batch_size: Most rows at once; None lets the engine choose.
         stop: Text at which a server may end an answer; `is_finished` has the last word.
+        watched: Of which rows what is there so far is asked for, too, after each token; looked at
+            anew each time. Only for engines that stream.
     """
 
     prompt_ids: Sequence[int]
@@ -44,6 +46,15 @@ class Job:
     seeds: Sequence[int] = ()
     batch_size: int | None = None
     stop: str | None = None
+    watched: Callable[[int], bool] | None = None
+
+    def is_over(self, ids: Sequence[int], eos_ids: frozenset[int]) -> bool:
+        """Whether an answer ends with the last of these ids."""
+        return ids[-1] in eos_ids or len(ids) >= self.max_new_tokens or self.is_finished(ids)
+
+
+class Unfinished(list[int]):
+    """Ids of a row that is not over, see `Job.watched`."""
 
 
 class VerbalizerEngine(Protocol):
@@ -60,7 +71,10 @@ class VerbalizerEngine(Protocol):
         ...
 
     def generate(self, job: Job) -> Iterator[tuple[int, list[int]]]:
-        """Yields (row, generated ids, end-of-sequence included) as rows finish, in any order."""
+        """Yields (row, generated ids, end-of-sequence included) as rows finish, in any order.
+
+        One with an attribute `streams` that is true yields `Unfinished` ids of watched rows, too.
+        """
         ...
 
 

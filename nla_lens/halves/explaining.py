@@ -17,7 +17,7 @@ from nla_lens.halves.verbalizer import Answer, Verbalizer
 from nla_lens.models.ambient import undisturbed_steps
 from nla_lens.results import metrics
 from nla_lens.results.explanation import Explanation
-from nla_lens.results.flags import find_flags
+from nla_lens.results.flags import PARTIAL, find_flags
 from nla_lens.stream.injection import norms
 from nla_lens.stream.origin import UNKNOWN
 from nla_lens.stream.vectors import VectorBatch
@@ -83,19 +83,27 @@ def explain_batch(
     batch: VectorBatch,
     options: Options,
     numbers: Sequence[int] | None = None,
+    *,
+    stream: bool = False,
 ) -> Iterator[Explanation]:
     """Yields explanations in input order.
 
-    `numbers` are those of the vectors in a longer run, from 0: each is then sampled as it is there.
-
     A failure or Ctrl-C on the way comes after everything that was finished has been yielded.
+
+    Args:
+        verbalizer: Writes the texts.
+        reconstructor: Scores them; None: nothing does.
+        batch: The vectors.
+        options: What the caller asked for.
+        numbers: Those of the vectors in a longer run, from 0: each is then sampled as it is there.
+        stream: Also yield what there is of the first vector that is not finished, after each token.
 
     Raises:
         NLAError: The engine failed.
     """
     scorer = None if options.score is False else reconstructor
     finish = _Finisher(verbalizer, scorer, batch, options.num_samples)
-    at_once = 1 if scorer is None else _SCORED_AT_ONCE
+    at_once = 1 if scorer is None or stream else _SCORED_AT_ONCE
     if options.batch_size is not None:
         at_once = max(1, min(at_once, options.batch_size // options.num_samples))
     try:
@@ -106,7 +114,11 @@ def explain_batch(
             seeds=_seeds(options, range(len(batch)) if numbers is None else numbers),
             batch_size=options.batch_size,
             prompt=options.prompt,
+            watched=finish.is_next if stream else None,
         ):
+            if not answer.is_over:
+                yield finish.so_far(row, answer)
+                continue
             finish.add(row, answer)
             if finish.n_due >= at_once:
                 yield from finish.flush()
@@ -167,6 +179,14 @@ class _Finisher:
         self._answers[row] = answer
         while self._n_ready in self._answers:
             self._n_ready += 1
+
+    def is_next(self, row: int) -> bool:
+        """Whether it is the first row that waits for its answer."""
+        return row == self._n_ready
+
+    def so_far(self, row: int, answer: Answer) -> Explanation:
+        """What there is of an answer; neither scored nor flagged as one that is over."""
+        return replace(self._draft(answer, row // self._num_samples), flags=(PARTIAL,))
 
     def flush(self) -> Iterator[Explanation]:
         """Yields what is due, and forgets it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from nla_lens.checkpoints.chat import Prompt
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checks import is_unicode
-from nla_lens.engines import Job, VerbalizerEngine
+from nla_lens.engines import Job, Unfinished, VerbalizerEngine
 from nla_lens.errors import NLAError
 from nla_lens.models.ambient import undisturbed
 from nla_lens.models.tokens import render_chat
@@ -36,12 +36,14 @@ class Answer:
         raw_text: Their text without the end-of-sequence.
         text: What stands between the tags, stripped.
         complete: The closing tag was reached.
+        is_over: Nothing more will come.
     """
 
     token_ids: list[int]
     raw_text: str
     text: str
     complete: bool
+    is_over: bool = True
 
 
 class Verbalizer:
@@ -80,6 +82,19 @@ class Verbalizer:
     def prompt_ids(self) -> list[int]:
         """The canonical prompt, chat template included."""
         return list(self._prompt.ids)
+
+    @property
+    def streams(self) -> bool:
+        """Whether answers can be had while they are written."""
+        return bool(getattr(self.engine, "streams", False))
+
+    def check_streams(self) -> None:
+        """Raises an NLAError where answers cannot be had while they are written."""
+        if not self.streams:
+            raise NLAError(
+                f"stream=True: {type(self.engine).__name__} gives whole answers; leave it out, or "
+                "use engine='transformers', 'transformer_lens' or 'nnsight'"
+            )
 
     @property
     def marker_position(self) -> int:
@@ -147,6 +162,7 @@ class Verbalizer:
         seeds: Sequence[int] = (),
         batch_size: int | None = None,
         prompt: str | None = None,
+        watched: Callable[[int], bool] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
         """Yields (index of the vector, its answer) as answers are done, in any order.
 
@@ -157,6 +173,7 @@ class Verbalizer:
             seeds: One per vector, above temperature 0.
             batch_size: Most rows at once; None lets the engine choose.
             prompt: Another user turn, with `<INJECT>` where the vector goes.
+            watched: Of which vectors answers are wanted while they are written, see `engines.Job`.
         """
         chosen = self._prompt if prompt is None else self.custom_prompt(prompt)
         n_tokens = len(chosen.ids) + max_new_tokens
@@ -177,6 +194,7 @@ class Verbalizer:
             seeds=seeds,
             batch_size=batch_size,
             stop=_CLOSE,
+            watched=watched,
         )
         return ((row, self.read(ids)) for row, ids in self.engine.generate(job))
 
@@ -232,4 +250,14 @@ class Verbalizer:
         said, close, _ = raw_text.partition(_CLOSE)
         before, opened, inside = said.partition(_OPEN)
         text = inside if opened else before
-        return Answer(list(ids), raw_text, text.strip(), complete=bool(close))
+        is_over = not isinstance(ids, Unfinished)
+        if not is_over:
+            # A tag, or a character, of which only the beginning is there.
+            text = _without_beginning(text.rstrip("\ufffd"), _CLOSE if opened else _OPEN)
+        return Answer(list(ids), raw_text, text.strip(), complete=bool(close), is_over=is_over)
+
+
+def _without_beginning(text: str, tag: str) -> str:
+    """A text without the part of a tag that it ends with."""
+    cut = next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
+    return text[: len(text) - cut]

@@ -10,6 +10,8 @@ from nla_lens.results.explanation import Explanation
 from nla_lens.stream.hook_point import ResidPost
 from nla_lens.stream.origin import PADDING
 
+PARTIAL: Final = "partial"
+"""Still being written; what comes of it follows."""
 TRUNCATED: Final = "truncated"
 """No closing tag within max_new_tokens: the text stops in the middle."""
 EARLY_POSITION: Final = "early_position"

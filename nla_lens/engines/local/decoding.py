@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from nla_lens.engines import Job
+from nla_lens.engines import Job, Unfinished
 from nla_lens.engines.local.sampling import Sampler
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import embedding_of
@@ -188,18 +188,14 @@ class Decoder(KeepsPrefix):
         """Appends each row's next token; yields the rows that are over by it."""
         for i, token in enumerate(sampler.pick(logits_BV, flight.rows)):
             flight.generated[i].append(token)
-            if self._is_over(flight.generated[i], job):
-                row, flight.rows[i] = flight.rows[i], _OVER
+            row = flight.rows[i]
+            if job.is_over(flight.generated[i], self._forward.eos_ids):
+                flight.rows[i] = _OVER
                 sampler.forget(row)
                 yield row, flight.generated[i]
+            elif job.watched is not None and job.watched(row):
+                yield row, Unfinished(flight.generated[i])
         flight.drop()
-
-    def _is_over(self, ids: Sequence[int], job: Job) -> bool:
-        return (
-            ids[-1] in self._forward.eos_ids
-            or len(ids) >= job.max_new_tokens
-            or job.is_finished(ids)
-        )
 
     def _prefills(self, n: int, job: Job) -> list[int]:
         """How many of n rows go through each prefill pass."""
@@ -274,6 +270,8 @@ class LocalVerbalizer:
         eos_ids: See `VerbalizerEngine`.
         caching: See `Forward`; settled when the engine is loaded, see `self_check`.
     """
+
+    streams = True
 
     def __init__(self, lm: Any, device: torch.device, eos_ids: frozenset[int]) -> None:
         """Args:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import Job
+from nla_lens.engines.local.nnsight_streaming import streamed
 from nla_lens.engines.local.nnsight_threads import let_threads
 from nla_lens.engines.local.nnsight_traces import PLAIN, Injection, Places, forced, generate, read
 from nla_lens.engines.local.self_check import Script, check_decoding
@@ -23,6 +25,7 @@ from nla_lens.engines.local.transformers import adapter_blocks
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import width_of
 from nla_lens.models.batching import choose_batch_size, length_batches
+from nla_lens.models.passes import current_pass
 from nla_lens.models.pickling import forget_hooks, make_picklable
 from nla_lens.models.placement import Placement
 from nla_lens.models.tokens import find_eos_ids
@@ -111,11 +114,14 @@ class NNsightVerbalizer(_Half):
     """An AV as an nnsight model.
 
     Attributes:
+        streams: See `VerbalizerEngine`.
         model: The nnsight model.
         hf_model: The transformers model in it; what is written when an NLA is saved.
         places: Where things are in it.
         eos_ids: See `VerbalizerEngine`.
     """
+
+    streams = True
 
     def __init__(self, model: Any, spec: NLASpec, eos_ids: frozenset[int]) -> None:
         """Raises:
@@ -137,6 +143,9 @@ class NNsightVerbalizer(_Half):
         size = job.batch_size or self._batch_size(len(job.prompt_ids) + job.max_new_tokens)
         for start in range(0, len(job.injected_ND), size):
             rows = range(start, min(start + size, len(job.injected_ND)))
+            if job.watched is not None and current_pass() is None:
+                yield from streamed(job, rows, self.eos_ids, partial(self._generate, job, rows))
+                continue
             ids_BN = self._generate(job, rows)
             for row, ids in zip(rows, ids_BN.tolist(), strict=True):
                 yield row, cut(ids, job, self.eos_ids)
@@ -145,7 +154,7 @@ class NNsightVerbalizer(_Half):
         return choose_batch_size(self.model._module, n_tokens)
 
     @torch.inference_mode()
-    def _generate(self, job: Job, rows: range) -> Tensor:
+    def _generate(self, job: Job, rows: range, **more: Any) -> Tensor:
         vectors_BD = job.injected_ND[rows.start : rows.stop]
         injection = Injection.make(self._path, self._spec, vectors_BD, job.marker)
         seeds = [job.seeds[row] for row in rows] if job.seeds else []
@@ -153,7 +162,7 @@ class NNsightVerbalizer(_Half):
             self.model,
             job.prompt_ids,
             injection,
-            self.options(job.max_new_tokens),
+            {**self.options(job.max_new_tokens), **more},
             temperature=job.temperature,
             seeds=seeds,
             backend=self._backend(),

@@ -142,7 +142,10 @@ class NDIFVerbalizer(_Half, NNsightVerbalizer):
 
     Attributes:
         remote: The model there.
+        streams: Not: a request is answered when it is done.
     """
+
+    streams = False
 
     def __init__(self, remote: RemoteModel, spec: NLASpec, eos_ids: frozenset[int]) -> None:
         super().__init__(remote.model, spec, eos_ids)
@@ -159,9 +162,9 @@ class NDIFVerbalizer(_Half, NNsightVerbalizer):
         width = width_of(self.model._module)
         return max(1, min(_MOST_ROWS, _MOST_BYTES // (4 * width)))
 
-    def _generate(self, job: Job, rows: range) -> Tensor:
+    def _generate(self, job: Job, rows: range, **more: Any) -> Tensor:
         with self.server.told(self.remote.name):
-            return super()._generate(job, rows)
+            return super()._generate(job, rows, **more)
 
     def _read(self, path: str, prompts: Any, positions: Any) -> Tensor:
         with self.server.told(self.remote.name):
