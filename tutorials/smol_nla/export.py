@@ -1,0 +1,81 @@
+"""Writes the two halves as nla_lens and PEFT read them: adapters, a head, sidecars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+from halves import AR_TEMPLATE, AV_TEMPLATE, HEAD, Prompt, Reconstructor, Verbalizer, trained_state
+from safetensors.torch import save_file
+from sizes import Settings
+from smollm import HUB_NAME
+
+
+def write_half(
+    folder: Path,
+    network: Verbalizer | Reconstructor,
+    prompt: Prompt,
+    settings: Settings,
+    figures: dict[str, float],
+) -> None:
+    """Writes a half: its adapter in bfloat16, its sidecar, and the head of a reconstructor.
+
+    Args:
+        folder: Where.
+        network: The half.
+        prompt: The verbalizer's prompt.
+        settings: Sizes of the run.
+        figures: `scale` and `var` of the training vectors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = network.lora.peft_config["default"]
+    config.base_model_name_or_path = HUB_NAME
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    state = {name: tensor.bfloat16() for name, tensor in trained_state(network).items()}
+    if isinstance(network, Reconstructor):
+        _save({"weight": state.pop(HEAD)}, folder / HEAD)
+    _save(state, folder / "adapter_model.safetensors")
+    role = "av" if isinstance(network, Verbalizer) else "ar"
+    meta = sidecar(role, prompt, settings, figures, network.lora.config.hidden_size)
+    text = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
+    (folder / "nla_meta.yaml").write_text(text, encoding="utf-8")
+
+
+def sidecar(
+    role: str, prompt: Prompt, settings: Settings, figures: dict[str, float], d_model: int
+) -> dict[str, object]:
+    """The sidecar of a half."""
+    meta: dict[str, object] = {
+        "kind": "nla_model",
+        "schema_version": 2,
+        "role": role,
+        "stage": "sft",
+        "base_checkpoint": HUB_NAME,
+        "d_model": d_model,
+        "extraction_layer_index": settings.layer,
+        "extraction": {
+            "injection_rule": "replace",
+            "injection_scale": figures["scale"],
+            "mse_scale": round(d_model**0.5, 7),
+            "var_nrm": figures["var"],
+            "min_position": settings.min_position,
+        },
+        "tokens": {
+            "injection_char": prompt.char,
+            "injection_token_id": prompt.token,
+            "injection_left_neighbor_id": prompt.ids[prompt.marker - 1],
+            "injection_right_neighbor_id": prompt.ids[prompt.marker + 1],
+        },
+        "prompt_templates": {"av": AV_TEMPLATE, "ar": AR_TEMPLATE},
+        "trained_on": ["tutorials/smol_nla/debian.py"],
+    }
+    if role == "ar":
+        meta["ar"] = {"num_hidden_layers": settings.layer}
+    return meta
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(0o644)

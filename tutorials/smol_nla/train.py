@@ -1,0 +1,60 @@
+"""Trains an NLA of a small real language model, one stage at a time.
+
+``python train.py --source DIR --text DIR --work DIR`` runs every stage that is not done yet:
+vectors, ar, av, score, refine, score_refined. A stage that was ended goes on where it last saved.
+``torchrun --nproc-per-node 2 train.py ... --stage av`` (or ``ar``) shares its batches out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from sizes import Settings, scaled
+from stages import STAGES, Run
+
+
+def main() -> None:
+    """Runs one stage, or all of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", type=Path, required=True, help="folder of the source model")
+    parser.add_argument("--text", type=Path, required=True, help="folder of texts, see texts.py")
+    parser.add_argument("--work", type=Path, required=True, help="folder of what is made")
+    parser.add_argument("--stage", choices=["all", *STAGES], default="all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on all sizes")
+    parser.add_argument("--layer", type=int, default=Settings.layer, help="K")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
+    parser.add_argument("--resume-from", type=Path, help="folder with av and ar to begin with")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        logging.getLogger().setLevel(
+            logging.INFO if torch.distributed.get_rank() == 0 else logging.WARNING
+        )
+    args.work.mkdir(parents=True, exist_ok=True)
+    settings = replace(scaled(Settings(), args.scale), layer=args.layer)
+    run = Run(
+        settings=settings,
+        seed=args.seed,
+        source=args.source,
+        text=args.text,
+        work=args.work,
+        device=torch.device(args.device),
+        bf16=args.bf16,
+        start=args.resume_from,
+    )
+    for name in STAGES if args.stage == "all" else [args.stage]:
+        STAGES[name](run)
+
+
+if __name__ == "__main__":
+    main()
