@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nla_lens.checkpoints.spec import NLASpec
     from nla_lens.errors import NLAError, NLARemoteError, NLAWarning
+    from nla_lens.evaluation.calibrate import calibrate
     from nla_lens.evaluation.compare import compare
     from nla_lens.evaluation.evaluate import evaluate
     from nla_lens.evaluation.examine import examine
     from nla_lens.evaluation.sweep import sweep
     from nla_lens.jobs.running import explain_corpus
     from nla_lens.nla import NLA
+    from nla_lens.results.calibration import Calibration
     from nla_lens.results.explanation import Explanation
     from nla_lens.results.explanations import Explanations
     from nla_lens.results.store import Store, open_store
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "NLA",
+    "Calibration",
     "Explanation",
     "Explanations",
     "NLAError",
@@ -44,6 +47,7 @@ __all__ = [
     "ResidualTensor",
     "Store",
     "attach",
+    "calibrate",
     "compare",
     "evaluate",
     "examine",
@@ -55,6 +59,7 @@ __all__ = [
 ]
 _HOMES = {
     "NLA": "nla",
+    "Calibration": "results.calibration",
     "Explanation": "results.explanation",
     "Explanations": "results.explanations",
     "NLAError": "errors",
@@ -66,6 +71,7 @@ _HOMES = {
     "ResidualTensor": "stream.residual",
     "Store": "results.store",
     "attach": "stream.frameworks",
+    "calibrate": "evaluation.calibrate",
     "compare": "evaluation.compare",
     "evaluate": "evaluation.evaluate",
     "examine": "evaluation.examine",

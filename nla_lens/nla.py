@@ -16,6 +16,7 @@ from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import per_half, remote_host
 from nla_lens.engines.served.server import Server
 from nla_lens.errors import NLAError
+from nla_lens.halves.calibrated import Calibrated
 from nla_lens.halves.explaining import Options
 from nla_lens.halves.loading import Request, load_halves
 from nla_lens.halves.reconstructor import Reconstructor, check_texts
@@ -33,7 +34,7 @@ from nla_lens.stream.residual import ResidualTensor
 from nla_lens.stream.vectors import VectorBatch, VectorsLike, check_vectors
 
 
-class NLA(Saveable):
+class NLA(Saveable, Calibrated):
     """A natural language autoencoder: a verbalizer and, where there is one, a reconstructor.
 
     >>> nla = NLA.from_pretrained("tiny")
@@ -44,6 +45,7 @@ class NLA(Saveable):
         spec: What was loaded, and where each value came from.
         verbalizer: The AV, vectors to texts.
         reconstructor: The AR, texts to vectors; None if none was loaded.
+        calibration: What `Explanation.trust` comes from; None if there is none.
     """
 
     def __init__(self, verbalizer: Verbalizer, reconstructor: Reconstructor | None = None) -> None:
@@ -110,9 +112,11 @@ class NLA(Saveable):
         """
         halves = name_halves(name, av, ar, subfolder=subfolder, revision=revision)
         placement = Placement.of(dtype, device, device_map, quantization_config, trust_remote_code)
-        request = Request(*halves, placement, revision, injection, injection_scale, layer)
-        request = replace(request, engine=engine, url=url, base=base)
-        nla = cls(*load_halves(replace(request, chat_template_kwargs=chat_template_kwargs)))
+        request = Request(*halves, placement, revision, injection, injection_scale, layer, engine)
+        request = replace(request, url=url, base=base, chat_template_kwargs=chat_template_kwargs)
+        loaded_av, loaded_ar, av_files = load_halves(request)
+        nla = cls(loaded_av, loaded_ar)
+        nla.find_calibration(av_files)
         nla._source = OwnSource(nla.spec, placement, remote_host(per_half(engine)["source"]))
         return nla
 
@@ -162,7 +166,7 @@ class NLA(Saveable):
             max_new_tokens, temperature, num_samples, seed, batch_size, prompt, score, progress
         )
         batch = self._check(vectors, options)
-        return collected(run(*self._halves, batch, options, table=True), batch.shape)
+        return collected(run(*self._parts, batch, options, table=True), batch.shape)
 
     def explain_iter(
         self, vectors: VectorsLike, *, stream: bool = False, **options: Any
@@ -189,11 +193,7 @@ class NLA(Saveable):
         wishes = Options.of(options)
         if stream:
             self.verbalizer.check_streams()
-        return run(*self._halves, self._check(vectors, wishes), wishes, stream=stream)
-
-    @property
-    def _halves(self) -> tuple[Verbalizer, Reconstructor | None]:
-        return self.verbalizer, self.reconstructor
+        return run(*self._parts, self._check(vectors, wishes), wishes, stream=stream)
 
     def _check(self, vectors: VectorsLike, options: Options) -> VectorBatch:
         self.check_options(options)
@@ -234,7 +234,7 @@ class NLA(Saveable):
         self.check_options(wishes)
         resid = self._source.read(text, positions, model, generate, wishes.progress)
         batch = check_vectors(resid, self.spec.d_model)
-        written = run(*self._halves, batch, wishes, table=True, live=generate > 0)
+        written = run(*self._parts, batch, wishes, table=True, live=generate > 0)
         explained = collected(written, batch.shape)
         if not isinstance(explained, Explanations):
             raise NLAError(f"expected one explanation per position, found {explained!r}")

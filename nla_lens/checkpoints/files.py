@@ -20,7 +20,14 @@ from nla_lens.checkpoints.folders import (
     pick_on_hub,
 )
 from nla_lens.checkpoints.hub import HubFolder
-from nla_lens.checkpoints.layout import HEAD_NAME, MODEL_CONFIG, files_below, join, parent
+from nla_lens.checkpoints.layout import (
+    CALIBRATION_NAME,
+    HEAD_NAME,
+    MODEL_CONFIG,
+    files_below,
+    join,
+    parent,
+)
 from nla_lens.checkpoints.needed import TOKENIZER, TOKENIZER_FILES, WEIGHTS, files_of, matching
 from nla_lens.checkpoints.sidecar import SIDECAR_NAME, Role, Sidecar, read_sidecar
 from nla_lens.disk.reading import read_json
@@ -60,6 +67,12 @@ class Checkpoint:
         """Its own sidecar, or the nearest one above it."""
         home = self._nearest(SIDECAR_NAME)
         return None if home is None else home / SIDECAR_NAME
+
+    @property
+    def calibration_path(self) -> Path | None:
+        """`nla_calibration.json`, its own or the nearest one above it."""
+        home = self._nearest(CALIBRATION_NAME)
+        return None if home is None else home / CALIBRATION_NAME
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -264,6 +277,9 @@ def _open_hub(
     home = hub.nearest(files, folder, SIDECAR_NAME)
     if home is not None:
         wanted.add(join(home, SIDECAR_NAME))
+    calibrated = hub.nearest(files, folder, CALIBRATION_NAME)
+    if calibrated is not None:
+        wanted.add(join(calibrated, CALIBRATION_NAME))
     tokenizer = hub.nearest(files, folder, *TOKENIZER)
     if tokenizer not in (None, folder):
         wanted |= matching(tokenizer, files, TOKENIZER_FILES)

@@ -23,6 +23,7 @@ from nla_lens.models.lora import CONFIG_NAME
 
 HEAD_NAME: Final = "value_head.safetensors"
 MODEL_CONFIG: Final = "config.json"
+CALIBRATION_NAME: Final = "nla_calibration.json"
 _DEEPEST: Final = 2
 """Folders under folders that are looked at; deeper ones have to be named."""
 _MOST_FILES: Final = 20_000

@@ -29,12 +29,14 @@ class Taken:
     Attributes:
         sample: Vectors and explanations.
         job: The job that made them.
+        rows: `[n]`: what the store holds of each.
         prompts: `[n]`: ids of each vector's text; empty where vectors were given.
         n_failed: Rows that could not be explained, which are left out.
     """
 
     sample: Sample
     job: Job
+    rows: list[dict[str, Any]]
     prompts: list[Sequence[int]]
     n_failed: int
 
@@ -50,6 +52,7 @@ def take(
     context: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    score: bool = False,
     options: Mapping[str, Any],
 ) -> Taken:
     """Explains what is to be evaluated; a store that is there already is gone on with.
@@ -65,11 +68,12 @@ def take(
         context: Of vectors: the text read up to each.
         seed: Makes it repeatable.
         progress: As in `NLA.explain`.
+        score: Whether the rows are to hold scores; measures reconstruct for themselves.
         options: Those of `NLA.explain`.
     """
     if positions is None:
         positions = [f"from:{nla.spec.min_position}", f"spread:{_PER_DOCUMENT}"]
-    wished = {**options, "score": False}
+    wished = {**options, "score": score}
     job = Job.of(
         nla,
         texts,
@@ -113,4 +117,4 @@ def _taken(nla: NLA, job: Job, store: Store, context: Sequence[str] | None, seed
         reconstruct=None if nla.reconstructor is None else Memory(nla.reconstruct),
         seed=seed,
     )
-    return Taken(sample, job, list(prompts), len(everything) - len(kept))
+    return Taken(sample, job, rows, list(prompts), len(everything) - len(kept))

@@ -16,6 +16,7 @@ from nla_lens.halves.reconstructor import Reconstructor
 from nla_lens.halves.verbalizer import Answer, Verbalizer
 from nla_lens.models.ambient import undisturbed_steps
 from nla_lens.results import metrics
+from nla_lens.results.calibration import Calibration
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.flags import PARTIAL, find_flags
 from nla_lens.stream.injection import norms
@@ -85,6 +86,7 @@ def explain_batch(
     numbers: Sequence[int] | None = None,
     *,
     stream: bool = False,
+    calibration: Calibration | None = None,
 ) -> Iterator[Explanation]:
     """Yields explanations in input order.
 
@@ -97,12 +99,13 @@ def explain_batch(
         options: What the caller asked for.
         numbers: Those of the vectors in a longer run, from 0: each is then sampled as it is there.
         stream: Also yield what there is of the first vector that is not finished, after each token.
+        calibration: Says how far to trust them; None: nothing does.
 
     Raises:
         NLAError: The engine failed.
     """
     scorer = None if options.score is False else reconstructor
-    finish = _Finisher(verbalizer, scorer, batch, options.num_samples)
+    finish = _Finisher(verbalizer, scorer, batch, options.num_samples, calibration)
     at_once = 1 if scorer is None or stream else _SCORED_AT_ONCE
     if options.batch_size is not None:
         at_once = max(1, min(at_once, options.batch_size // options.num_samples))
@@ -161,7 +164,9 @@ class _Finisher:
         reconstructor: Reconstructor | None,
         batch: VectorBatch,
         num_samples: int,
+        calibration: Calibration | None,
     ) -> None:
+        self._calibration = calibration
         self._spec, self._reconstructor = verbalizer.spec, reconstructor
         self._batch, self._num_samples = batch, num_samples
         self._norms_N = norms(batch.vectors_ND)[:, 0]
@@ -234,7 +239,8 @@ class _Finisher:
         except (Exception, KeyboardInterrupt) as error:
             scored, failure = drafts, error
         flagged = [self._flagged(e) for e in scored]
-        return [_best(flagged[i : i + k]) for i in range(0, len(flagged), k)], failure
+        groups = (self._trusted(flagged[i : i + k]) for i in range(0, len(flagged), k))
+        return [_best(samples) for samples in groups], failure
 
     def _draft(self, answer: Answer, row: int) -> Explanation:
         return Explanation(
@@ -280,7 +286,16 @@ class _Finisher:
         ]
 
     def _flagged(self, explanation: Explanation) -> Explanation:
-        return replace(explanation, flags=find_flags(explanation, self._spec))
+        least = None if self._calibration is None else self._calibration.least
+        return replace(explanation, flags=find_flags(explanation, self._spec, least))
+
+    def _trusted(self, samples: list[Explanation]) -> list[Explanation]:
+        """One vector's samples, which speak for one another."""
+        if self._calibration is None:
+            return samples
+        beside = {"samples": samples} if len(samples) > 1 else {}
+        trusts = self._calibration.trust_all([{**vars(e), **beside} for e in samples])
+        return [replace(e, trust=trust) for e, trust in zip(samples, trusts, strict=True)]
 
 
 def _best(samples: list[Explanation]) -> Explanation:

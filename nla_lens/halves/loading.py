@@ -49,8 +49,8 @@ class Request:
 
 
 @undisturbed()
-def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
-    """Loads what was asked for.
+def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None, Checkpoint]:
+    """Loads what was asked for; the files of the verbalizer come with it.
 
     Raises:
         NLAError: Not found, not an NLA, incomplete or contradictory.
@@ -95,7 +95,7 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None]:
     engine = engine or load_verbalizer_engine(*verbalizing)
     longest = av.config.get("max_position_embeddings")
     longest = longest if is_int(longest) else None
-    return Verbalizer(spec, tokenizer, engine, prompt, mean_D, longest), reconstructor
+    return Verbalizer(spec, tokenizer, engine, prompt, mean_D, longest), reconstructor, av
 
 
 def _opening(request: Request, engine: str) -> Callable[..., Checkpoint]:

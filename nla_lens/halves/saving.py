@@ -38,11 +38,13 @@ class Saveable:
         spec: What was loaded.
         verbalizer: The AV.
         reconstructor: The AR, where there is one.
+        calibration: Where `Explanation.trust` comes from, where there is one; it is written, too.
     """
 
     spec: NLASpec
     verbalizer: Verbalizer
     reconstructor: Reconstructor | None
+    calibration: Any
 
     def save_pretrained(
         self,
@@ -153,6 +155,8 @@ def _write(
         _write_tokenizer(tokenizers[half], home)
     if nla.reconstructor is not None:
         _write_head(nla.reconstructor, models["ar"], folder / "ar")
+    if nla.calibration is not None:
+        nla.calibration.save(folder / "av")
     for role, home in homes.items():
         (home / SIDECAR_NAME).write_text(sidecar_text(nla.spec, role), encoding="utf-8")
         if nla.spec.centre_mean is not None:

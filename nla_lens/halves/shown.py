@@ -9,6 +9,7 @@ from nla_lens.halves.explaining import Options, explain_batch
 from nla_lens.halves.reconstructor import Reconstructor
 from nla_lens.halves.verbalizer import Verbalizer
 from nla_lens.progress import is_watched, with_progress
+from nla_lens.results.calibration import Calibration
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.explanations import Explanations
 from nla_lens.results.live import filling, written_live
@@ -18,6 +19,7 @@ from nla_lens.stream.vectors import VectorBatch
 def run(
     verbalizer: Verbalizer,
     reconstructor: Reconstructor | None,
+    calibration: Calibration | None,
     batch: VectorBatch,
     options: Options,
     *,
@@ -30,6 +32,7 @@ def run(
     Args:
         verbalizer: Writes the texts.
         reconstructor: Scores them; None: nothing does.
+        calibration: Says how far to trust them; None: nothing does.
         batch: The vectors.
         options: What the caller asked for.
         table: Let a table fill in a notebook.
@@ -38,7 +41,9 @@ def run(
     """
     live = live and is_watched(options.progress)
     partial = stream or (live and verbalizer.streams)
-    explained = explain_batch(verbalizer, reconstructor, batch, options, stream=partial)
+    explained = explain_batch(
+        verbalizer, reconstructor, batch, options, stream=partial, calibration=calibration
+    )
     if live:
         return written_live(explained)
     if stream:

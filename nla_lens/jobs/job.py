@@ -152,6 +152,7 @@ class Job:
             batch,
             self.options,
             numbers=[row.number for row in rows],
+            calibration=self.nla.calibration,
         )
 
     def _user(self, row: Row) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def about_job(job: Job, positions: Positions, column: str | None, model: Any) ->
             "score": options.score is not False and job.nla.reconstructor is not None,
         },
         "vectors": job.vectors,
+        "calibration": _calibration(job.nla),
     }
 
 
@@ -67,6 +68,13 @@ def about_nla(nla: NLA) -> dict[str, Any]:
             role: None if half is None else _weights(half) for role, half in halves.items()
         },
     }
+
+
+def _calibration(nla: NLA) -> str | None:
+    """A hash of what trust is computed from; None where there is none."""
+    if nla.calibration is None:
+        return None
+    return hashlib.sha256(repr(nla.calibration.to_dict()).encode()).hexdigest()
 
 
 def _weights(half: Any) -> str | None:

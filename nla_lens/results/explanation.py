@@ -39,7 +39,7 @@ class Explanation:
         flags: Machine-readable warnings, see `nla_lens.results.flags`.
         samples: With num_samples > 1 all of them, best reconstruction first.
         claims: Its sentences and quotations, where `nla_lens.examine` looked at them.
-        trust: Probability that it names nothing wrong; None without a calibration.
+        trust: Probability that it is right, by the NLA's calibration; None without one.
     """
 
     TYPES: ClassVar[Mapping[str, tuple[type, ...]]] = {
@@ -69,6 +69,7 @@ class Explanation:
         Column("explanation", "text", lambda e: e.text, always=True),
         Column("cos", "number", lambda e: e.cos),
         Column("fve_nrm", "score", lambda e: e.fve_nrm),
+        Column("trust", "number", lambda e: e.trust),
         Column("flags", "flags", lambda e: e.flags),
     )
     """What is shown of it."""
@@ -104,7 +105,7 @@ class Explanation:
             about.append(f"token={self.token!r}")
         if self.position is not None:
             about.append(f"position={self.position}")
-        for name in ("cos", "fve_nrm"):
+        for name in ("cos", "fve_nrm", "trust"):
             if (score := getattr(self, name)) is not None:
                 about.append(f"{name}={score:.3f}")
         if self.flags:
@@ -143,6 +144,8 @@ class Explanation:
             raise NLAError(f"token_ids is {known['token_ids']!r:.80}; expected integers")
         if not all(isinstance(flag, str) for flag in known.get("flags", ())):
             raise NLAError(f"flags is {known['flags']!r:.80}; expected names")
+        if (trust := known.get("trust")) is not None and not 0 <= trust <= 1:
+            raise NLAError(f"trust is {trust!r:.80}; expected 0 to 1")
         if missing := [name for name in cls.NEEDED if name not in known]:
             raise NLAError(f"{missing[0]} is missing")
         known["flags"] = tuple(known.get("flags", ()))

@@ -23,7 +23,8 @@ OTHER_LAYER: Final = "other_layer"
 INJECTION_SUSPECT: Final = "injection_suspect"
 """Mostly Chinese, Japanese or Korean, or about the marker: what a failed injection looks like."""
 LOW_FIDELITY: Final = "low_fidelity"
-"""The text reconstructs less than half of what it should."""
+"""The text reconstructs less than half of what it should; or, where there is a calibration, so
+little that it is likelier wrong than right."""
 PADDING_TOKEN: Final = "padding"
 """The vector stands at a padding token."""
 
@@ -33,8 +34,16 @@ _LEAST_COS: Final = 0.5
 _CJK: Final = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
 
 
-def find_flags(explanation: Explanation, spec: NLASpec) -> tuple[str, ...]:
-    """All flags that hold for an explanation."""
+def find_flags(
+    explanation: Explanation, spec: NLASpec, least: tuple[str, float] | None = None
+) -> tuple[str, ...]:
+    """All flags that hold for an explanation.
+
+    Args:
+        explanation: The explanation.
+        spec: Of the NLA that wrote it.
+        least: A calibration's: the score, and below which value of it fidelity is low.
+    """
     usual, position = spec.usual_norm, explanation.position
     ratio = None if usual is None else explanation.norm / usual
     holds = {
@@ -44,7 +53,7 @@ def find_flags(explanation: Explanation, spec: NLASpec) -> tuple[str, ...]:
         and not 1 / _USUAL_NORM_FACTOR <= ratio <= _USUAL_NORM_FACTOR,
         OTHER_LAYER: _is_other_layer(explanation.hook_name, spec),
         INJECTION_SUSPECT: is_injection_suspect(explanation, spec),
-        LOW_FIDELITY: _is_low_fidelity(explanation),
+        LOW_FIDELITY: _is_low_fidelity(explanation, least),
         PADDING_TOKEN: position == PADDING,
     }
     return tuple(flag for flag, held in holds.items() if held)
@@ -56,8 +65,10 @@ def _is_other_layer(hook_name: str | None, spec: NLASpec) -> bool:
     return ResidPost.find(hook_name) != spec.place
 
 
-def _is_low_fidelity(explanation: Explanation) -> bool:
+def _is_low_fidelity(explanation: Explanation, least: tuple[str, float] | None) -> bool:
     # Negated, so that a NaN is low, too.
+    if least is not None and (score := getattr(explanation, least[0])) is not None:
+        return not score >= least[1]
     if explanation.fve_nrm is not None:
         return not explanation.fve_nrm >= _LEAST_FVE
     return explanation.cos is not None and not explanation.cos >= _LEAST_COS

@@ -29,6 +29,7 @@ OWN: Final = (
     "fve_nrm",
     "flags",
     "samples",
+    "trust",
     "error",
 )
 """The columns of a store, before the user's own."""
@@ -61,6 +62,7 @@ def schema(user: Mapping[str, str]) -> pa.Schema:
         ("mse_nrm", pa.float32()),
         ("fve_nrm", pa.float32()),
         ("flags", pa.list_(pa.string())),
+        ("trust", pa.float64()),
     ]
     types = {
         "document": pa.int64(),
@@ -73,7 +75,8 @@ def schema(user: Mapping[str, str]) -> pa.Schema:
         "error": pa.string(),
         **dict(said),
     }
-    own = [pa.field(name, types[name]) for name in OWN]
+    # A store of an earlier version may have a column of the user's that is called as one of ours.
+    own = [pa.field(name, types[name]) for name in OWN if name not in user]
     theirs = [
         pa.field(name, pa.string() if kind == "json" else pa.type_for_alias(kind))
         for name, kind in user.items()
@@ -93,7 +96,9 @@ def to_row(
 
 def to_sample(sample: Explanation) -> dict[str, Any]:
     """One of several samples: what was said, without the place, which they share."""
-    said = ("text", "raw_text", "token_ids", "complete", "norm", "cos", "mse_nrm", "fve_nrm")
+    said = (
+        "text", "raw_text", "token_ids", "complete", "norm", "cos", "mse_nrm", "fve_nrm", "trust",
+    )  # fmt: skip
     return {**{name: getattr(sample, name) for name in said}, "flags": list(sample.flags)}
 
 

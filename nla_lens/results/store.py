@@ -175,7 +175,9 @@ class Store:
             **wanted: As in `rows`.
         """
         picked = wanted if document is None else {"document": document, **wanted}
-        return Explanations(to_explanations(self.rows(**picked)))
+        rows = self.rows(**picked)
+        ours = [{k: v for k, v in row.items() if k not in self.user} for row in rows]
+        return Explanations(to_explanations(ours))
 
     def vectors(self) -> Tensor:
         """The vectors, `[n, d]` float32, in the order of the rows.

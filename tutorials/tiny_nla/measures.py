@@ -12,10 +12,13 @@ import torch
 from facts import Facts
 from torch.nn import functional as F
 
+from nla_lens.results.sentences import folded, quotes, sentences
+
 QUOTED = re.compile(r"“[^”]*”")
 NAME = re.compile(r"\b(" + "|".join(lexicon.NAMES) + r")\b", re.IGNORECASE)
 PLACE = re.compile(r"\b(" + "|".join(lexicon.PLACES) + r")\b", re.IGNORECASE)
 STRANGE = tuple(frame.split("[")[0].split(",")[0] for frame in gold.STRANGE)
+EXPECTING = re.compile("|".join(max(re.split(r"{[xX]}", frame), key=len) for frame in gold.NEXT))
 RETRIEVAL_SIZE = 80
 
 
@@ -122,6 +125,43 @@ def field_accuracy(
         right.setdefault("next", []).append(text.endswith(_next_part(gold.explanation(fact))))
         right.setdefault("invented name", []).append(invented(text, prefix))
     return {key: sum(values) / max(1, len(values)) for key, values in right.items()}
+
+
+def errors(text: str, facts: Facts, prefix: str) -> set[str]:
+    """What an explanation names that is wrong; what it leaves out is no error.
+
+    Args:
+        text: The explanation.
+        facts: The true facts.
+        prefix: The text up to the position.
+
+    Returns:
+        Any of "topic", "name" and "place" (another one than the text's), "quoted word" (what it
+        says was just read is not how the text ends) and "expected word" (one that the source
+        model does not expect).
+    """
+    listed = sentences(text)
+    expecting = [sentence for sentence in listed if EXPECTING.search(sentence)]
+    reading = [s for s in listed if QUOTED.search(s) and s not in expecting]
+    about = " ".join(s for s in listed if s not in expecting and s not in reading).lower()
+    named = QUOTED.sub("", " ".join(s for s in listed if s not in expecting))
+    ending = folded(prefix.replace("\n", "\\n"))
+    quoted = [quote for sentence in reading for quote in quotes(sentence)]
+    expected = {word for sentence in expecting for word in quotes(sentence)}
+    likely = {word for phrase in facts.next_words for word in quotes(phrase)}
+    found = {
+        "topic": {t for t in lexicon.TOPICS if _topic_pattern(t).search(about)} - {facts.topic},
+        "name": set(NAME.findall(named)) - {facts.name},
+        "place": set(PLACE.findall(named)) - {facts.place},
+        "quoted word": [quote for quote in quoted if not ending.endswith(folded(quote))],
+        "expected word": expected - likely,
+    }
+    return {kind for kind, wrong in found.items() if wrong}
+
+
+def _topic_pattern(topic: str) -> re.Pattern[str]:
+    adjective = gold.TOPIC_ADJECTIVES.get(topic, topic)
+    return re.compile(rf"\b({topic}|{adjective})\b")
 
 
 def _next_part(text: str) -> str:
