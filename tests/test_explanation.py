@@ -11,11 +11,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nla_lens import NLA, Explanation, Explanations, NLAError
+from nla_lens import NLA, Explanation, Explanations, NLAError, explain_corpus
+from nla_lens.results.claim import Claim
 from nla_lens.results.flags import find_flags
+from nla_lens.results.rows import OWN
 
 from .scripted import scripted
 
@@ -267,6 +271,56 @@ def test_numbers_come_back_exactly(tmp_path: Path) -> None:
 def test_a_real_result_survives_storing(nla: NLA, tmp_path: Path) -> None:
     explained = nla.explain(torch.randn(2, 3, 64), max_new_tokens=12)
     assert Explanations.load(explained.save(tmp_path / "x")) == explained
+
+
+def test_parquet_holds_the_rows_of_a_store(nla: NLA, tmp_path: Path) -> None:
+    """By the suffix; what a store has no column for stands behind; read by content."""
+    wished = {"max_new_tokens": 12, "temperature": 1.0, "num_samples": 2, "seed": 1}
+    explained = nla.explain(torch.randn(2, 3, 64), **wished)
+    path = explained.save(tmp_path / "x.parquet")
+    assert pq.read_schema(path).names == list(OWN)
+    assert Explanations.load(path) == explained
+    path.rename(tmp_path / "x.jsonl")
+    assert Explanations.load(tmp_path / "x.jsonl") == explained
+    claims = (Claim("a fox", "sentence", support=0.5), Claim("“den”", "quote", in_context=False))
+    # Scores and norms are float32, as they come.
+    in_32 = {"cos": 0.5, "mse_nrm": 1.0, "fve_nrm": 0.25, "norm": 1.5}
+    looked_at = [full("a", **in_32, claims=claims), full("b", **in_32, trust=0.1)]
+    odd = full("", **{**in_32, "cos": None}, flags=("truncated", "ä"))
+    kept = Explanations([*looked_at, odd], (3, 1))
+    path = kept.save(tmp_path / "y.parquet")
+    assert Explanations.load(path) == kept
+    table = pq.read_table(path)
+    assert table.column_names[len(OWN) :] == ["claims", "trust"]
+    assert table["trust"].to_pylist() == [None, 0.1, None]
+    assert table["row"].to_pylist() == [0, 1, 2]
+    for shape in [(0,), (2, 0)]:
+        empty = Explanations([], shape)
+        assert Explanations.load(empty.save(tmp_path / "e.parquet")) == empty
+
+
+def test_a_shard_is_loaded_without_what_failed(nla: NLA, tmp_path: Path) -> None:
+    rows = [{"text": "It rains.", "trust": "mine"}, {"text": 3, "trust": "theirs"}]
+    store = explain_corpus(NLA.from_pretrained("tiny"), rows, tmp_path / "s", max_new_tokens=8)
+    (shard,) = store.shards.values()
+    loaded = Explanations.load(shard)
+    assert store.n_failed == 1 and loaded == store.explanations() and loaded[0].trust is None
+
+
+def test_parquet_of_something_else_or_damaged(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(NLAError, match=r"a\.parquet has no column 'raw_text'"):
+        Explanations.load(tmp_path / "a.parquet")
+    whole = Explanations([full("é"), one()]).save(tmp_path / "x.parquet").read_bytes()
+    for length in [*range(0, len(whole) - 1, 97), len(whole) - 1]:
+        (tmp_path / "cut").write_bytes(whole[:length])
+        with pytest.raises(NLAError, match="cut"):
+            Explanations.load(tmp_path / "cut")
+    table = pq.read_table(tmp_path / "x.parquet")
+    other = table.replace_schema_metadata({b"nla_lens": b'{"format": "nla_lens.features"}'})
+    pq.write_table(other, tmp_path / "z.parquet")
+    with pytest.raises(NLAError, match=r"nla_lens\.explanations"):
+        Explanations.load(tmp_path / "z.parquet")
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:

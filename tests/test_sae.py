@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -219,6 +220,11 @@ def test_a_store_of_something_else_is_not_gone_on_with(
 def test_results_are_written_and_read(tiny: NLA, tmp_path: Path) -> None:
     found = explain_features(tiny, Own(), [3, 5], **SHORT)
     assert list(FeatureExplanations.load(found.save(tmp_path / "f.jsonl"))) == list(found)
+    path = found.save(tmp_path / "f.parquet")
+    assert FeatureExplanations.load(path) == found
+    assert pq.read_table(path, columns=["index", "text"]).to_pylist() == [
+        {"index": e.index, "text": e.text} for e in found
+    ]
     assert found.to_pandas().loc[5, "text"] == found[1].text
     page = found.to_html(tmp_path / "f.html").read_text(encoding="utf-8")
     assert "latent 3" in page

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nla_lens.disk.writing import write_whole
 from nla_lens.errors import NLAError, NLAWarning
@@ -19,12 +19,11 @@ from nla_lens.results.display import to_html, to_table
 from nla_lens.results.explanation import NUMBER, Explanation
 from nla_lens.results.explanations import Explanations
 from nla_lens.results.lines import Format, Growing, growing, read_lines, write_lines
+from nla_lens.results.parquet import SUFFIX, is_parquet, read_records, write_records
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
-
-_FORMAT: Final = Format("nla_lens.features", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +79,7 @@ class FeatureExplanation(Explanation):
 class FeatureExplanations(Explanations):
     """Explanations of latents, in the order they were asked for."""
 
+    LINES: ClassVar[Format] = Format("nla_lens.features", 1)
     RECORD: ClassVar[type[Explanation]] = FeatureExplanation
 
     def __init__(self, items: Iterable[FeatureExplanation], shape: Sequence[int] | None = None):
@@ -158,21 +158,27 @@ class FeatureExplanations(Explanations):
         return write_whole(path, "".join(to_json(line) + "\n" for line in lines))
 
     def save(self, path: str | Path) -> Path:
-        """Writes JSON lines, a header and then a latent a line; `load` reads them."""
-        return write_lines(path, _FORMAT, {"about": {}}, self.flat)
+        """Writes a store's rows by the suffix `.parquet`, else JSON lines; `load` reads both."""
+        write = write_records if Path(path).suffix == SUFFIX else write_lines
+        return write(path, self.LINES, {"about": {}}, self.flat)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureExplanations:
-        """Reads what `save` or a store wrote.
+        """Reads what `save` or `explain_features(store=...)` wrote, by its content.
 
         Raises:
             NLAError: No such file, or a damaged one.
         """
+        if is_parquet(path):
+            return cls(read_records(path, cls.LINES, cls.RECORD)[1])
         return cls(FeatureStore(Path(path)).finished.values())
 
 
 class FeatureStore:
     """Latents finished so far, in a file of JSON lines that grows by a line a latent.
+
+    Not a store of parquet shards: those are many rows each, and latents are asked for in any choice
+    and order, each of them minutes of a large model that a kill must not cost.
 
     Attributes:
         path: The file.
@@ -192,7 +198,11 @@ class FeatureStore:
         self._file: Growing | None = None
         lost: list[NLAError] = []
         header, records = read_lines(
-            path, _FORMAT, FeatureExplanation.from_dict, keep_torn=False, lost=lost.append
+            path,
+            FeatureExplanations.LINES,
+            FeatureExplanation.from_dict,
+            keep_torn=False,
+            lost=lost.append,
         )
         about = header.get("about")
         if not isinstance(about, dict):
@@ -214,7 +224,7 @@ class FeatureStore:
         """
         path = Path(path)
         due = json.loads(json.dumps(dict(about)))
-        with growing(path, _FORMAT, {"about": due}) as file:
+        with growing(path, FeatureExplanations.LINES, {"about": due}) as file:
             store = cls(path)
             differs = sorted(k for k in {*due, *store.about} if due.get(k) != store.about.get(k))
             if differs:

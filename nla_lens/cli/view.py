@@ -36,11 +36,16 @@ def view(
 
         serve_store(_store(path), port=port, limit=limit, open_it=open_it)
         return
-    target = Path(out) if out else Path(f"{path.resolve().name.removesuffix('.jsonl')}.html")
+    target = Path(out) if out else Path(f"{_base(path)}.html")
     written = _write(path, target, limit)
     click.echo(str(written))
     if open_it:
         click.launch(str(written))
+
+
+def _base(path: Path) -> str:
+    """A name without the suffix of what `Explanations.save` writes."""
+    return path.resolve().name.removesuffix(".jsonl").removesuffix(".parquet")
 
 
 def _store(path: Path) -> Store:

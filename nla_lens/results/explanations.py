@@ -17,6 +17,7 @@ from nla_lens.results.display import to_html
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.lines import Format, damaged, read_lines, write_lines
 from nla_lens.results.page import documents_of, to_frame, to_page
+from nla_lens.results.parquet import SUFFIX, is_parquet, read_records, write_records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,20 +141,27 @@ class Explanations(Sequence["Explanation | Explanations"]):
         return to_page(documents_of(self.flat), title="What the residual stream says", about=about)
 
     def save(self, path: str | Path) -> Path:
-        """Writes JSON lines: a header, then one explanation a line.
+        """Writes a file that appears whole or not at all.
 
-        The file appears whole or not at all.
+        Args:
+            path: Ends it in `.parquet`, the rows of a store (`nla_lens.results.rows`), which others
+                read without us; else JSON lines: a header, then one explanation a line.
         """
-        return write_lines(path, self.LINES, {"shape": list(self.shape)}, self.flat)
+        write = write_records if Path(path).suffix == SUFFIX else write_lines
+        return write(path, self.LINES, {"shape": list(self.shape)}, self.flat)
 
     @classmethod
     def load(cls, path: str | Path) -> Explanations:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, by its content, whatever it is called; or a store's shard.
 
         Raises:
             NLAError: Not such a file, or a damaged one; names the file and the line.
         """
-        header, records = read_lines(path, cls.LINES, Explanation.from_dict)
+        if is_parquet(path):
+            header, records = read_records(path, cls.LINES, cls.RECORD)
+            header.setdefault("shape", [len(records)])
+        else:
+            header, records = read_lines(path, cls.LINES, cls.RECORD.from_dict)
         with damaged(path, 1):
             return cls(records, header["shape"])
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from nla_lens.disk.writing import only_writer, write_whole
 from nla_lens.errors import NLAError
-from nla_lens.results.rows import import_arrow, to_table
+from nla_lens.results.parquet import write_table
+from nla_lens.results.rows import to_table
 from nla_lens.results.store import FORMAT, MANIFEST, VERSION, Store, read_manifest, told
 
 
@@ -103,7 +104,6 @@ class GrowingStore(Store):
         Raises:
             NLAError: It cannot be written.
         """
-        arrow = import_arrow()
         span = range(first, first + len(rows))
         path = self.path / f"rows-{span[0]:09d}-{span[-1]:09d}.parquet"
         if vectors is not None:
@@ -113,10 +113,7 @@ class GrowingStore(Store):
         if between:
             lines = (json.dumps(around, ensure_ascii=False) + "\n" for around in between)
             write_whole(self.texts_path(span), "".join(lines))
-        table = to_table(rows, self.user)
-        return write_whole(
-            path, lambda file: arrow.parquet.write_table(table, file, compression="zstd")
-        )
+        return write_table(path, to_table(rows, self.user))
 
 
 def _check_free(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
@@ -132,12 +132,21 @@ def to_explanations(rows: Iterable[Mapping[str, Any]]) -> list[Explanation]:
     return [to_explanation(row) for row in rows if row.get("error") is None]
 
 
-def to_explanation(row: Mapping[str, Any]) -> Explanation:
-    """The explanation in a row; where it came from is shared by its samples."""
+def to_explanation(
+    row: Mapping[str, Any], kind: type[Explanation] = Explanation, more: Collection[str] = ()
+) -> Any:
+    """The explanation in a row; where it came from is shared by its samples.
+
+    Args:
+        row: Values of columns; a user's own may bear any name.
+        kind: Of the record.
+        more: Columns that are ours, beside those of a store.
+    """
     place = {name: row.get(name) for name in ("token", "token_id", "position", "hook_name")}
-    known = {f.name: row[f.name] for f in fields(Explanation) if f.name in row}
+    ours = {*OWN, *more}
+    known = {f.name: row[f.name] for f in fields(kind) if f.name in row and f.name in ours}
     samples = [{**sample, **place} for sample in row.get("samples") or ()]
-    return Explanation.from_dict({**known, "flags": row.get("flags") or [], "samples": samples})
+    return kind.from_dict({**known, "flags": row.get("flags") or [], "samples": samples})
 
 
 def user_columns(found: Iterable[str]) -> dict[str, str]:
