@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nla_lens
 from nla_lens import NLA, NLAError, NLAWarning, ResidualTensor, steer
+from nla_lens.models.cache_keyword import cache_keyword
 from nla_lens.stream import steering
 from nla_lens.stream.origin import Origin
 
@@ -230,6 +231,15 @@ def test_a_pass_is_the_arithmetic(
 # --- generation -----------------------------------------------------------------------------------
 
 
+def forgets_its_cache(model: Any) -> bool:
+    """Whether TransformerLens hands blocks a cache by a name that they no longer take.
+
+    Its own generation is then garbage, steered or not. See `test_self_check.py`.
+    """
+    inside = getattr(model, "original_model", None)
+    return inside is not None and cache_keyword(inside) == "cache"
+
+
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize(
     ("positions", "steps", "mask"),
@@ -249,6 +259,8 @@ def test_generation_is_the_arithmetic_with_a_cache_and_without(
     cached: bool, positions: Any, steps: Any, mask: Any,
 ) -> None:  # fmt: skip
     n = ids_BT.shape[1]
+    if cached and forgets_its_cache(framework.model):
+        pytest.skip("this TransformerLens decodes wrongly with this transformers: docs/upstream")
     wanted = written_by_hand(plain, ids_BT, lambda p: mask(p, n), vector, STRENGTH)
     with steer(
         framework.model, vector, layer=K, positions=positions, steps=steps, strength=STRENGTH
