@@ -34,7 +34,7 @@ PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
 .PHONY: help demo smol test test-slow test-courses test-sae-lens test-ndif test-vllm find-redis bench clean
-.PHONY: test-newest test-release constraints
+.PHONY: test-newest test-release constraints course
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -116,6 +116,9 @@ LEFT_OUT = "^(nvidia-|cuda-|triton|torchvision|torchaudio|torchcodec)|== '(win32
 .venv-constraints/.uv: .venv-constraints/.python
 	@$(@D)/bin/python -m pip install -q uv
 	@touch $@
+
+course: .venv/.test  ## make the course's notebooks and pages of tutorials/course, running what changed
+	.venv/bin/python tutorials/course/build.py $(COURSE_ARGS)
 
 clean:  ## remove the environments, caches and build leftovers
 	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif .venv-vllm .venv-newest .venv-constraints build dist nla_lens.egg-info

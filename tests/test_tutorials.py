@@ -42,7 +42,19 @@ def kernel() -> Iterator[KernelManager]:
         manager.shutdown_kernel(now=True)
 
 
-@pytest.mark.parametrize("path", [*filter(can_run_here, NOTEBOOKS)], ids=lambda path: path.stem)
+def marks(path: Path) -> list[pytest.MarkDecorator]:
+    """Of a notebook that takes minutes."""
+    slow = nbformat.read(path, as_version=4).metadata.get("slow", False)
+    return [pytest.mark.slow, pytest.mark.timeout(600)] if slow else []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=marks(path))
+        for path in filter(can_run_here, NOTEBOOKS)
+    ],
+)
 def test_runs(path: Path, kernel: KernelManager) -> None:
     notebook = nbformat.read(path, as_version=4)
     # Nothing that another notebook named is there any more.
