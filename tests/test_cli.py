@@ -14,6 +14,7 @@ import click
 import pytest
 import torch
 
+import nla_lens
 from nla_lens import NLA
 from nla_lens.cli.main import cli, main
 from nla_lens.cli.options import parse_positions
@@ -425,3 +426,63 @@ def test_the_embedded_pair_from_the_command_line(run) -> None:
     got = run("explain", "The garlic sizzles in the pan.", "--positions", "-1", "--json")
     (e,) = json.loads(got.out)["explanations"]
     assert e["complete"] and e["text"] and torch.isfinite(torch.tensor(e["cos"]))
+
+
+def test_examine_a_text_marks_quotations(run: Callable[..., Run], tmp_path: Path) -> None:
+    page = tmp_path / "e.html"
+    text = "The chef fried the garlic in the pan."
+    found = run("examine", text, "--position", 7, "--json", "--html", page)
+    assert found.status == 0, found.err
+    claims = json.loads(found.out)["claims"]
+    quoted = [c for c in claims if c["kind"] == "quote"]
+    assert quoted and all(c["in_context"] is True for c in quoted)
+    assert all(c["support"] is not None for c in claims)
+    assert quoted[0]["text"] in page.read_text()
+    table = run("examine", text, "--position", 7, "--context", "Nothing of the kind.").out
+    assert "not there" in table and "yes" not in table
+
+
+def test_examine_and_compare_rows_of_stores(run: Callable[..., Run], tmp_path: Path) -> None:
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    texts[0].write_text("Nora lives in Naples. The fox chased the dog out of the kennel.")
+    texts[1].write_text("Nora lives in Oslo. The chef fried the garlic in the pan.")
+    store = tmp_path / "store"
+    done = run("explain-file", *texts, "--out", store, "--positions", "every:4", "--vectors")
+    assert done.status == 0, done.err
+    rows = nla_lens.open_store(store).rows()
+    last = [i for i, row in enumerate(rows) if row["document"] == 0][-1]
+    found = run("examine", store, "--row", last, "--json")
+    assert found.status == 0, found.err
+    said = json.loads(found.out)
+    assert said["text"] == rows[last]["text"] and said["position"] == rows[last]["position"]
+    quoted = [c for c in said["claims"] if c["kind"] == "quote"]
+    assert quoted and all(c["in_context"] is not None for c in said["claims"] if c in quoted)
+    assert all(c["support"] is not None for c in said["claims"])
+    both = run("compare", store, store, "--row-a", last, "--row-b", last + 2, "--json")
+    assert both.status == 0, both.err
+    compared = json.loads(both.out)
+    assert compared["a"]["text"] == rows[last]["text"]
+    assert compared["cross"][0][0] > compared["cross"][0][1]
+    listed = tmp_path / "listed.jsonl"
+    nla_lens.open_store(store).explanations().save(listed)
+    assert json.loads(run("examine", listed, "--row", last, "--json").out)["text"] == said["text"]
+    for arguments, named in [
+        (("examine", store, "--row", 999), "no row 999"),
+        (("examine", listed, "--row", 999), "no row 999"),
+        (("compare", listed, store), "holds no vectors"),
+        (("examine", texts[0]), "a.txt"),
+    ]:
+        failed = run(*arguments)
+        assert failed.status == 2 and named in failed.err and failed.err.count("\n") == 1
+
+
+def test_compare_two_texts(run: Callable[..., Run], tmp_path: Path) -> None:
+    page = tmp_path / "c.html"
+    found = run("compare", "Nora lives in Naples.", "Nora lives in Oslo.", "--html", page)
+    assert found.status == 0, found.err
+    assert "Naples" in found.out and "sentence of b" in found.out and "<html" in page.read_text()
+    again = run("compare", "Nora lives in Naples.", "Nora lives in Oslo.", "--json",
+                "--positions", "4:")  # fmt: skip
+    assert len(json.loads(again.out)["a"]["explanations"]) == 2
+    same = run("compare", "Nora lives", "Nora lives")
+    assert same.status == 2 and "same vector" in same.err

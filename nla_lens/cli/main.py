@@ -15,7 +15,9 @@ from nla_lens.plugins import load_plugin
 _GROUP: Final = "nla_lens.commands"
 _OWN: Final = [
     EntryPoint(name.replace("_", "-"), f"nla_lens.cli.{name}:{name}", _GROUP)
-    for name in ("check", "evaluate", "explain", "explain_file", "info", "view")
+    for name in (
+        *("check", "compare", "evaluate", "examine", "explain", "explain_file", "info", "view"),
+    )
 ]
 
 

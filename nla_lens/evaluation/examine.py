@@ -20,6 +20,7 @@ from nla_lens.results.display import to_html, to_table
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.metrics import score
 from nla_lens.results.sentences import folded, quoted_spans, quotes, sentences, stands_in
+from nla_lens.stream.extraction import encode, pick_positions, read_prompts
 from nla_lens.stream.vectors import check_vectors
 
 _MOST_SUPPORT_ROWS: Final = 64
@@ -69,6 +70,8 @@ def examine(
     *,
     vector: Any = None,
     context: str | None = None,
+    position: int = -1,
+    model: Any = None,
     num_samples: int = 0,
     seed: int = 0,
     **options: Any,
@@ -77,9 +80,13 @@ def examine(
 
     Args:
         nla: The NLA, with a reconstructor.
-        vector_or_explanation: A vector `[d]`, which is explained first; or an explanation.
+        vector_or_explanation: A vector `[d]`, which is explained first; an explanation; or a text,
+            which the source model reads.
         vector: Of an explanation: the vector it is of; without it there is no support.
-        context: The text read up to the vector; None: quotations are not looked up.
+        context: The text read up to the vector; None: that of a text is known, others' quotations
+            are not looked up.
+        position: Of a text: which token is explained.
+        model: Of a text: the source model; None: the NLA's own.
         num_samples: How many further samples are asked whether they say the same.
         seed: Of these.
         **options: Those of `NLA.explain`.
@@ -93,6 +100,9 @@ def examine(
     """
     if nla.reconstructor is None:
         raise NLAError("without a reconstructor no sentence can be tested; load one with ar=")
+    if isinstance(vector_or_explanation, str):
+        vector_or_explanation, read = _read(nla, vector_or_explanation, position, model)
+        context = read if context is None else context
     if isinstance(vector_or_explanation, Explanation):
         explanation = vector_or_explanation
     else:
@@ -105,6 +115,19 @@ def examine(
     claims = tuple(_claims(nla, explanation.text, vector_1D, context, samples))
     unit = "fve_nrm" if nla.spec.var_nrm is not None else "cos"
     return Examination(explanation.with_claims(claims), samples, unit)
+
+
+def _read(nla: NLA, text: str, position: int, model: Any) -> tuple[Tensor, str]:
+    """The vector at a position of a text, and the text up to it."""
+    place = nla.spec.place
+    if place is None:
+        raise NLAError("which layer to read is not known; pass layer= to from_pretrained")
+    source = nla.open_source(model)
+    ids = encode(source.tokenizer, text)
+    picked = pick_positions([position], len(ids))
+    (resid_1D,) = read_prompts(source, [ids], [picked], place)
+    context = source.tokenizer.decode(ids[: picked[0] + 1], skip_special_tokens=True)
+    return resid_1D[0], context
 
 
 def _one(nla: NLA, vector: Any) -> Tensor:
@@ -160,6 +183,7 @@ def _falls(
         vector_1D.expand(len(said_ND), -1),
         mse_scale=nla.spec.mse_scale,
         var_nrm=nla.spec.var_nrm,
+        mean_D=None if nla.reconstructor is None else nla.reconstructor.mean_D,
     )
     values = scores.cos if scores.fve_nrm is None else scores.fve_nrm
     return [float(values[0] - value) for value in values[1:]]

@@ -33,7 +33,7 @@ class Claim:
         Column("claim", "text", lambda c: c.text, always=True),
         Column("support", "number", lambda c: c.support),
         Column(
-            "in the text", "plain", lambda c: {None: "", True: "yes", False: "no"}[c.in_context]
+            "in the text", "verdict", lambda c: {True: "yes", False: "not there"}.get(c.in_context)
         ),
         Column("agreement", "number", lambda c: c.agreement),
     )

@@ -66,7 +66,10 @@ def _cell(kind: Kind, value: Any) -> Text:
     return _harmless(" ".join(value) if kind == "flags" else str(value))
 
 
-_VERDICTS: Final = {"held": "green", "fell short": "red", "not measured": "dim"}
+_VERDICTS: Final = {
+    **{"held": "green", "fell short": "red", "not measured": "dim"},
+    **{"yes": "green", "not there": "red"},
+}
 _STYLES: Final = {"good": "green", "fair": "yellow", "poor": "red"}
 
 

@@ -235,6 +235,24 @@ class Store:
         """
         return write_whole(path, self.page(limit=limit))
 
+    def read_so_far(self, row: int) -> str | None:
+        """The text of a row's document up to the row's token; None where tokens are not known.
+
+        Raises:
+            NLAError: No such row.
+        """
+        own = self.rows(row=row)
+        if not own:
+            raise NLAError(f"{self.path} has no row {row}")
+        between, tokens = self._between(), list[str | None]()
+        for other in self.rows(document=own[0]["document"]):
+            around = between.get(other["row"], {})
+            tokens += [*around.get("before", ()), other["token"]]
+            if other["row"] == row:
+                break
+            tokens += around.get("after", ())
+        return None if None in tokens else "".join(map(str, tokens))
+
     def _between(self) -> dict[int, dict[str, list[str]]]:
         """Tokens that were not explained, by the row they stand at."""
         found = {}

@@ -22,9 +22,9 @@ from nla_lens.evaluation.report import Measure, measured
 from nla_lens.evaluation.sample import Sample
 from nla_lens.stream.injection import norms, unit
 
-_STRENGTH: Final = 1.25
-"""1 is what the edit says; what is left in the text of the old word pulls back. Chosen on documents
-of their own."""
+_STRENGTH: Final = 1.1
+"""1 is what the edit says; what the rest of the text says of the old word pulls back a little.
+Chosen on documents of their own (embedded corpus, seeds 101 to 103: .91 moved, controls .19)."""
 _MOST_CASES: Final = 200
 _LIKELY: Final = 12
 _TRIED: Final = 4
