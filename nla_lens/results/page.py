@@ -13,8 +13,9 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ _SCRIPTS: Final = ("view", "view_list", "view_text", "view_panel", "view_keys")
 _SPECIAL: Final = re.compile(r"<\|?[^<>\s]+\|?>|\[[A-Z]+\]")
 _NAME_LENGTH: Final = 60
 _COLUMN_LENGTH: Final = 500
-_TABLE_ROWS: Final = 500
+_TABLE_ROWS: Final = 100
 """Of the table that is shown where no script runs."""
 
 
@@ -56,7 +57,7 @@ def to_page(
     ]
     if live is not None:
         policy.append("connect-src 'self'")
-    rows = [row for one in documents for row in one["rows"]]
+    rows = [cells for one in documents for cells in _cells(one)]
     return template("view.html.jinja").render(
         title=_shown(title),
         about=_shown(about),
@@ -64,7 +65,7 @@ def to_page(
         css=css,
         js=js,
         data=to_data(documents, live=live),
-        rows=map(_cells, rows[:_TABLE_ROWS]),
+        rows=rows[:_TABLE_ROWS],
         left_out=max(0, len(rows) - _TABLE_ROWS),
     )
 
@@ -95,6 +96,8 @@ def document(
 ) -> dict[str, Any]:
     """One text and what was said at its tokens.
 
+    Of `tokens`, those that stand alone were explained, row by row, and those in a list were not.
+
     Args:
         rows: In order, as `results.rows` makes them, or `Explanation.to_dict`.
         name: What the list of documents calls it; None: how it begins.
@@ -102,21 +105,33 @@ def document(
             and `after` it.
         columns: The user's own values.
     """
-    tokens: list[list[Any]] = []
+    tokens: list[str | list[str]] = []
+    special: set[int] = set()
     shown: list[dict[str, Any]] = []
     hook_name = None
+
+    def add(text: str | None, explained: bool) -> None:
+        if text is not None and _SPECIAL.fullmatch(text):
+            special.add(len(tokens))
+        word = "●" if text is None else _shown(text)
+        tokens.append(word if explained else [word])
+
     for row in rows:
         around = (between or {}).get(row.get("row", -1), {})
-        tokens += [_token(text, -1) for text in around.get("before", ())]
-        tokens.append(_token(row.get("token"), len(shown)))
+        for text in around.get("before", ()):
+            add(text, False)
+        add(row.get("token"), True)
         hook_name = hook_name or _shown(row.get("hook_name"))
         shown.append(_row(row, hook_name))
-        tokens += [_token(text, -1) for text in around.get("after", ())]
-    begins = "".join(text for text, _, special in tokens if not special)
+        for text in around.get("after", ()):
+            add(text, False)
+    words = ("".join(token) for i, token in enumerate(tokens) if i not in special)
+    begins = " ".join("".join(islice(words, _NAME_LENGTH)).split())[:_NAME_LENGTH]
     return {
-        "name": _shown(name or " ".join(begins.split())[:_NAME_LENGTH] or "vectors"),
+        "name": _shown(name or begins or "vectors"),
         "hook": hook_name,
         "tokens": tokens,
+        "special": sorted(special),
         "rows": shown,
         "columns": {
             _shown(key): _shown(_clipped(str(value)))
@@ -124,11 +139,6 @@ def document(
             if value is not None
         },
     }
-
-
-def _token(text: str | None, row: int) -> list[Any]:
-    shown = "●" if text is None else text
-    return [_shown(shown), row, int(text is not None and bool(_SPECIAL.fullmatch(text)))]
 
 
 def _row(row: Mapping[str, Any], hook_name: str | None) -> dict[str, Any]:
@@ -139,7 +149,6 @@ def _row(row: Mapping[str, Any], hook_name: str | None) -> dict[str, Any]:
     hook = _shown(row.get("hook_name"))
     return _known(
         p=row.get("position"),
-        t=_shown(row.get("token")),
         x=_shown(row.get("text")),
         n=_rounded(row.get("norm")),
         h=None if hook == hook_name else hook,
@@ -173,10 +182,12 @@ def _known(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != []}
 
 
-def _cells(row: Mapping[str, Any]) -> list[Any]:
-    """A row of the table that is shown where no script runs."""
-    said, flags = row.get("x", row.get("e")), " ".join(row.get("g", ()))
-    return [row.get("p", ""), row.get("t", ""), said, row.get("f", ""), row.get("c", ""), flags]
+def _cells(one: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """The rows of the table that is shown where no script runs."""
+    explained = (token for token in one["tokens"] if isinstance(token, str))
+    for token, row in zip(explained, one["rows"], strict=True):
+        said, flags = row.get("x", row.get("e")), " ".join(row.get("g", ()))
+        yield [row.get("p", ""), token, said, row.get("f", ""), row.get("c", ""), flags]
 
 
 def documents_of(explanations: Sequence[Explanation]) -> list[dict[str, Any]]:

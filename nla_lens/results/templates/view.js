@@ -3,7 +3,7 @@
 // This file holds what is shown and who may change it; view_list, view_text and view_panel draw it,
 // view_keys listens.
 const DATA = JSON.parse(document.getElementById("data").textContent);
-let documents = DATA.documents;
+let documents = DATA.documents.map(unpacked);
 const $ = (id) => document.getElementById(id);
 const make = (tag, className, ...content) => {
   const element = document.createElement(tag);
@@ -17,6 +17,17 @@ const button = (className, content, title, act) => {
   element.addEventListener("click", act);
   return element;
 };
+// Tokens as [text, row or -1, whether it is special].
+function unpacked(doc) {
+  const special = new Set(doc.special);
+  let row = 0;
+  doc.tokens = doc.tokens.map((token, i) => {
+    const explained = typeof token === "string";
+    if (explained) doc.rows[row].t = token;
+    return [explained ? token : token[0], explained ? row++ : -1, special.has(i)];
+  });
+  return doc;
+}
 const state = { document: -1, row: -1, held: false, measure: "f", query: "", hits: [], hit: -1, sort: "order" };
 const current = () => documents[state.document];
 

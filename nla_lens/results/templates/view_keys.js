@@ -71,7 +71,7 @@ async function follow() {
 // What was looked at, searched for and held stays so; a text that has grown is drawn anew.
 function renew(fresh) {
   const before = current()?.tokens.length, top = main.scrollTop, { query } = state;
-  documents = fresh.documents;
+  documents = fresh.documents.map(unpacked);
   DATA.token = fresh.token;
   offer();
   order();

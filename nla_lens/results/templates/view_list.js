@@ -19,9 +19,9 @@ function drawList(toCurrent) {
   space.style.height = documents.length * ROW_HEIGHT + "px";
   const first = Math.max(0, Math.floor(scroller.scrollTop / ROW_HEIGHT) - 2);
   const last = first + Math.ceil(scroller.clientHeight / ROW_HEIGHT) + 5;
-  const entries = listed.slice(first, last).map((i, k) => entry(i, (first + k) * ROW_HEIGHT));
+  const colour = palette(), entries = listed.slice(first, last).map((i, k) => entry(i, (first + k) * ROW_HEIGHT));
   space.replaceChildren(...entries);
-  entries.forEach((element) => drawStrip(element.lastChild, documents[element.dataset.document]));
+  entries.forEach((element) => drawStrip(element.lastChild, documents[element.dataset.document], colour));
 }
 function entry(i, top) {
   const doc = documents[i], known = summary(doc), low = known.worst[0], found = state.found?.get(i)?.size;
@@ -40,14 +40,14 @@ function entry(i, top) {
   return element;
 }
 // The lowest of each stretch: where in the document its worst places are.
-function drawStrip(canvas, doc) {
+function drawStrip(canvas, doc, colour) {
   const n = Math.min(CELLS, doc.rows.length);
   canvas.width = n * Math.ceil(240 / n);
   canvas.height = 1;
   const context = canvas.getContext("2d");
   stretches(doc.rows, n).forEach((low, k) => {
     if (low === null) return;
-    context.fillStyle = colour(`--${shadeOf(low)}`);
+    context.fillStyle = colour(shadeOf(low));
     context.fillRect((k * canvas.width) / n, 0, canvas.width / n, 1);
   });
 }
@@ -62,7 +62,11 @@ function stretches(rows, n) {
     return low;
   });
 }
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
+// The colours of the style sheet, as they are now.
+function palette() {
+  const style = getComputedStyle(document.documentElement);
+  return (name) => style.getPropertyValue(`--${name}`);
+}
 function step(by) {
   openDocument(listed[listed.indexOf(state.document) + by]);
 }

@@ -23,7 +23,7 @@ function panel(doc, row) {
   return parts;
 }
 function heading(row) {
-  const title = make("h2", "", make("bdi", "token", row.t === undefined ? "vector" : spelled(row.t)));
+  const title = make("h2", "", make("bdi", "token", row.t === "●" ? "vector" : spelled(row.t)));
   const held = state.held ? [button("step held", "held ✕", "Let it go ( Esc )", () => hold(false))] : [];
   return make("div", "heading", title, ...held,
     button("step", "‹", "Token before ( ← )", () => move(-1)), button("step", "›", "Token after ( → )", () => move(1)));

@@ -105,7 +105,7 @@ function drawWorst(doc) {
   const held = $("worst"), worst = summary(doc).worst;
   held.replaceChildren();
   if (worst.length && doc.rows.length > worst.length) held.append(make("span", "", "lowest"), ...worst.map((row) =>
-    button(shade(doc.rows[row]), make("bdi", "", `${(doc.rows[row].t ?? "").trim() || "␣"}  ${told(doc.rows[row])}`), "", () => show(row, true))));
+    button(shade(doc.rows[row]), make("bdi", "", `${doc.rows[row].t.trim() || "␣"}  ${told(doc.rows[row])}`), "", () => show(row, true))));
 }
 let pointer = "";
 text.addEventListener("pointermove", (event) => {
@@ -128,22 +128,22 @@ function drawSpark() {
   const rows = current()?.rows ?? [], canvas = spark.firstChild, scale = devicePixelRatio || 1;
   const width = (canvas.width = Math.round(spark.clientWidth * scale)), height = (canvas.height = Math.round(spark.clientHeight * scale));
   if (!width || !rows.length) return;
-  const context = canvas.getContext("2d"), n = Math.min(rows.length, width), lows = stretches(rows, n);
+  const context = canvas.getContext("2d"), colour = palette(), n = Math.min(rows.length, width), lows = stretches(rows, n);
   const floor = lows.some((low) => low !== null && low < 0) ? -0.5 : 0;
   const y = (value) => 1 + (height - 2) * (1 - (Math.max(floor, value) - floor) / (1 - floor));
   lows.forEach((low, k) => {
     if (low === null) return;
     const [x, end] = [Math.floor((k * width) / n), Math.floor(((k + 1) * width) / n)];
-    context.fillStyle = colour(`--${shadeOf(low)}`);
+    context.fillStyle = colour(shadeOf(low));
     context.fillRect(x, Math.min(y(low), y(0)), end - x, Math.abs(y(low) - y(0)));
-    context.fillStyle = colour("--faint");
+    context.fillStyle = colour("faint");
     context.fillRect(x, y(low) - scale / 2, end - x, 1.5 * scale);
   });
   context.font = `${10 * scale}px system-ui, sans-serif`;
   for (const level of [0, 0.5]) {
-    context.fillStyle = colour("--line");
+    context.fillStyle = colour("line");
     context.fillRect(0, y(level), width, scale);
-    context.fillStyle = colour("--faint");
+    context.fillStyle = colour("faint");
     context.fillText(String(level), 2 * scale, y(level) - 2 * scale);
   }
 }
