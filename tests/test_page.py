@@ -13,7 +13,9 @@ import pytest
 import nla_lens.results.flags as flags
 from nla_lens.results.claim import Claim
 from nla_lens.results.explanation import Explanation
+from nla_lens.results.growing_store import GrowingStore
 from nla_lens.results.page import document, documents_of, to_data, to_page
+from nla_lens.results.rows import to_row
 
 TEMPLATES = Path(flags.__file__).parent / "templates"
 
@@ -92,6 +94,16 @@ def test_the_users_columns_are_said_whatever_they_hold() -> None:
     shown = found["columns"]
     assert set(shown) == {"nan", "long", "big", "odd"} and len(shown["long"]) < 600
     assert (shown["big"], shown["odd"]) == (str(2**63 - 1), "\\u202e")
+
+
+def test_a_users_column_that_is_called_as_one_of_ours(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    # Of a store that was begun before there was a column of that name.
+    about = {"n_rows": 1, "n_documents": 1, "user": {"trust": "string"}}
+    store = GrowingStore.create(tmp_path / "s", {}, **about)
+    store.write(0, [to_row(one(norm=1.0), document=0, row=0) | {"trust": "theirs"}])
+    (found,) = data_of(store.to_html(tmp_path / "p.html").read_text(encoding="utf-8"))["documents"]
+    assert found["columns"] == {"trust": "theirs"} and "u" not in found["rows"][0]
 
 
 @pytest.mark.parametrize(

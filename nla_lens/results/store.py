@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -176,8 +176,11 @@ class Store:
         """
         picked = wanted if document is None else {"document": document, **wanted}
         rows = self.rows(**picked)
-        ours = [{k: v for k, v in row.items() if k not in self.user} for row in rows]
-        return Explanations(to_explanations(ours))
+        return Explanations(to_explanations(map(self._ours, rows)))
+
+    def _ours(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row without the user's own columns, which may be called as one of ours."""
+        return {name: value for name, value in row.items() if name not in self.user}
 
     def vectors(self) -> Tensor:
         """The vectors, `[n, d]` float32, in the order of the rows.
@@ -222,7 +225,11 @@ class Store:
             if limit is None or row["document"] < limit:
                 found.setdefault(row["document"], []).append(row)
         return [
-            document(rows, between=between, columns={name: rows[0][name] for name in self.user})
+            document(
+                map(self._ours, rows),
+                between=between,
+                columns={name: rows[0][name] for name in self.user},
+            )
             for rows in found.values()
         ]
 

@@ -1,5 +1,6 @@
 // --- one explanation ----------------------------------------------------------------------------------
 const FLAGS = {
+  partial: "still being written",
   truncated: "no closing tag in time: the text stops in the middle",
   early_position: "read earlier in its text than the NLA was trained on",
   outlier_norm: "the vector is ten times longer or shorter than usual",
