@@ -291,7 +291,7 @@ def test_parquet_holds_the_rows_of_a_store(nla: NLA, tmp_path: Path) -> None:
     path = kept.save(tmp_path / "y.parquet")
     assert Explanations.load(path) == kept
     table = pq.read_table(path)
-    assert table.column_names[len(OWN) :] == ["claims", "trust"]
+    assert table.column_names[len(OWN) :] == ["claims"]
     assert table["trust"].to_pylist() == [None, 0.1, None]
     assert table["row"].to_pylist() == [0, 1, 2]
     for shape in [(0,), (2, 0)]:
