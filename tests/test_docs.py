@@ -1,27 +1,21 @@
-"""The README is true: its snippets run, its commands work, its transcript is what comes out."""
+"""README and manual are true: snippets run, commands work, the transcript is what comes out."""
 
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers.utils import logging
 
+from .snippets import PAGES, ROOT, blocks, missing, run_page
 from .test_rooms import house
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HAS_BRIDGE = not version("transformer-lens").startswith("2.")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -33,50 +27,44 @@ def words(text: str) -> str:
     return " ".join(re.sub(r"[─│┃━┏┓┗┛┡┩╇┳┻┼]", " ", text).split())
 
 
-@pytest.mark.skipif(not HAS_BRIDGE, reason="the snippets load a TransformerBridge")
+# The cells of the course's pages are run by test_course.py.
+RUN = [
+    page
+    for page in PAGES
+    if page.parent.name != "course" and any(block.is_run for block in blocks(page))
+]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_snippets_run_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    script = tmp_path / "readme.py"
-    script.write_text("\n".join(blocks("python")), encoding="utf-8")
-    runpy.run_path(str(script), run_name="__main__")
-    assert (tmp_path / "explanations.jsonl").is_file()
+    if without := missing(page):
+        pytest.skip(f"its snippets need {', '.join(without)}")
+    names = run_page(page, tmp_path, monkeypatch, capfd)
+    if page.name == "explaining.md":
+        assert (tmp_path / "explanations.jsonl").is_file()
+    if page.name == "servers.md":
+        local = names["nla_lens"].NLA.from_pretrained("tiny")
+        found = names["explanations"]
+        assert [e.text for e in found] == [e.text for e in local.explain(names["vectors"])]
+        assert all(e.cos is not None for e in found)
 
 
-@pytest.mark.parametrize("command", blocks("sh")[0].splitlines())
-def test_the_commands_work(
-    command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_snippet_that_fails_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The program as it is installed, in this process: importing torch takes longest of all."""
-    program = Path(sys.executable).with_name("nla-lens")
-    name, *arguments = shlex.split(command)
-    assert name == "nla-lens"
-    monkeypatch.setattr(sys, "argv", [str(program), *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(program), run_name="__main__")
-    printed = capfd.readouterr()
-    assert ended.value.code in (None, 0), printed.err
-    assert printed.out
-
-
-def test_the_snippet_for_a_server_runs() -> None:
-    import torch
-
-    import nla_lens
-
-    from .model_server import ModelServer
-
-    local = nla_lens.NLA.from_pretrained("tiny")
-    verbalizer: Any = local.verbalizer
-    vectors = torch.randn(2, local.spec.d_model)
-    with ModelServer("vllm", verbalizer.engine.model, verbalizer.tokenizer, "tiny/av") as server:
-        (snippet,) = blocks("python server")
-        names: dict[str, Any] = {"nla_lens": nla_lens, "vectors": vectors}
-        exec(snippet.replace("http://localhost:8000", server.url), names)
-    found = names["explanations"]
-    assert [e.text for e in found] == [e.text for e in local.explain(vectors)]
-    assert all(e.cos is not None for e in found)
+    page = tmp_path / "page.md"
+    page.write_text("Text.\n\n```python\na = 1\n```\n\n```python\nassert a == 2\n```\n")
+    with pytest.raises(AssertionError) as failed:
+        run_page(page, tmp_path, monkeypatch, capfd)
+    assert failed.traceback[-1].lineno == 7  # from 0
+    page.write_text("```sh\nnla-lens info nowhere\n```\n")
+    with pytest.raises(AssertionError, match="no checkpoint"):
+        run_page(page, tmp_path, monkeypatch, capfd)
 
 
 def test_make_runs_what_the_readme_promises() -> None:
@@ -103,24 +91,18 @@ def test_the_transcript_is_what_the_demo_prints(
     assert not missing, missing
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-
-
-def test_the_table_of_releases_is_the_one_in_the_code() -> None:
-    from nla_lens.checkpoints.releases import KNOWN_RELEASES
-
-    for release in KNOWN_RELEASES:
-        name = release.stem if release.ar else release.av
-        row = next(line for line in README.splitlines() if f"`{name}`" in line)
-        assert release.source_model in row and f"| {release.layer} |" in row
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
 
 
 # --- what is written down, here and in docstrings, is where it says -------------------------------
 
 WRITTEN = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tests/README.md", "Makefile")),
+    *PAGES,
+    *(ROOT / name for name in ("AGENTS.md", "CONTRIBUTING.md", "tests/README.md", "Makefile")),
     *(
         path
         for folder in ("nla_lens", "adapters", "tutorials", "benchmarks", "tests/outside_package")
