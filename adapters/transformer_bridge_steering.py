@@ -53,9 +53,7 @@ def _watched_hooked(model: Any, place: ResidPost, watcher: Watcher) -> Iterator[
         if threading.get_ident() != mine or kwargs is None:
             return
         resid_BTD: Tensor = args[0] if args else kwargs["resid_pre"]
-        ids_BT = newest.get("ids_BT")
-        if ids_BT is None or ids_BT.shape != resid_BTD.shape[:2]:
-            ids_BT = torch.full(resid_BTD.shape[:2], -1, device=resid_BTD.device)
+        ids_BT = newest["text_BT"] = _ids_of(resid_BTD, newest)
         entry, mask_BS = kwargs.get("past_kv_cache_entry"), kwargs.get("attention_mask")
         n_past = 0 if entry is None else int(entry.past_keys.shape[1])
         if mask_BS is None:
@@ -77,3 +75,15 @@ def _watched_hooked(model: Any, place: ResidPost, watcher: Watcher) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _ids_of(resid_BTD: Tensor, known: dict[str, Tensor]) -> Tensor:
+    """Tokens of a pass: those last embedded, behind the text where `generate` embeds each once."""
+    ids_BT, text_BT = known.get("ids_BT"), known.get("text_BT")
+    if ids_BT is not None and ids_BT.shape == resid_BTD.shape[:2]:
+        return ids_BT
+    if ids_BT is not None and text_BT is not None and len(ids_BT) == len(text_BT):
+        longer_BT = torch.cat([text_BT, ids_BT], dim=1)
+        if longer_BT.shape == resid_BTD.shape[:2]:
+            return longer_BT
+    return torch.full(resid_BTD.shape[:2], -1, device=resid_BTD.device)
