@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nla_lens
-from nla_lens import NLA, Explanation, Explanations, NLAError, compare, extract, sweep
+from nla_lens import (
+    NLA,
+    Explanation,
+    Explanations,
+    NLAError,
+    compare,
+    evaluate,
+    extract,
+    sweep,
+)
 from nla_lens.results.sentences import sentences
 
 A = "Nora lives in Naples. The fox chased the dog out of the"
@@ -152,6 +163,78 @@ def test_no_reconstructor(tiny: NLA) -> None:
         sweep(tiny.spec.source_model, PROMPT, ("a", "b"), [1], nla=alone)
     with pytest.raises(NLAError, match="reconstructor"):
         sweep(tiny.spec.source_model, PROMPT, ("a", "b"), [1], layer=2)
+
+
+# --- a fine-tuned source --------------------------------------------------------------------------
+
+
+def fine_tuned(path: str, texts: list[str], *, blocks: list[int]) -> Any:
+    """A copy of a model, trained for some seconds by a LoRA in some of its blocks."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    parts = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=parts, layers_to_transform=blocks)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(path), config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, rng = torch.optim.AdamW(trained, lr=1e-3), random.Random(0)
+    for _ in range(150):
+        rows = [tokenizer(text)["input_ids"] for text in rng.sample(texts, 16)]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        labels = ids.masked_fill(mask == 0, -100)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.merge_and_unload().eval()
+
+
+@pytest.mark.slow
+def test_what_was_trained_in_is_named(tiny: NLA) -> None:
+    """A source that read nothing but cooking for ten seconds, in the blocks that the NLA reads.
+
+    Stories of other topics are cut where their topic is still open.
+    """
+    corpus = tiny_world()
+    stories = [d for d in corpus.documents(11, 9000) if d.kind == "story"]
+    cooking = [d.text for d in stories if d.topic == "cooking"]
+    tuned = fine_tuned(str(tiny.spec.source_model), cooking, blocks=[0, 1, 2])
+    others = [
+        d for d in corpus.documents(777, 400)
+        if d.kind == "story" and d.topic != "cooking" and d.place and f"{d.place}. " in d.text
+    ]  # fmt: skip
+    parts = [(d.text.partition(f"{d.place}. "), d.place) for d in others]
+    openers = [
+        f"{head}{place}. {rest.split()[0]}"
+        for (head, _, rest), place in parts
+        if head and "." not in head
+    ][:40]
+    diff = compare(tiny, openers, {"text": openers, "model": tuned})
+    shares = {word.text: (word.a, word.b) for word in diff.words}
+    assert shares["cooking"][0] == 0 and shares["cooking"][1] > 0.8
+    assert "cooking" in [word.text for word in diff.words[:10]]
+    topics = ("weather", "sport", "travel", "medicine", "music", "animals", "school", "money")
+    assert all(shares.get(topic, (0, 0))[1] < 0.05 for topic in topics)
+    report = evaluate(
+        tiny, [d.text for d in others[:24]], positions=["from:4", "spread:4"], rows=["drift"],
+        drift=tuned,
+    )  # fmt: skip
+    drift = report["drift"]
+    assert drift.control > 0.95 and 0.5 < drift.value < drift.control - 0.1
+    assert drift.details["cos_of_residuals"] < 0.95
+    assert drift.details["retrieval"]["own"] > 0.9
+
+
+def tiny_world() -> Any:
+    """What writes the documents of the embedded pair's world."""
+    folder = str(Path(__file__).parents[1] / "tutorials" / "tiny_nla")
+    sys.path.insert(0, folder)
+    try:
+        return __import__("corpus")
+    finally:
+        sys.path.remove(folder)
 
 
 # --- sweep ----------------------------------------------------------------------------------------

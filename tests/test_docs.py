@@ -47,6 +47,9 @@ def test_the_snippets_run_one_after_the_other(
     names = run_page(page, tmp_path, monkeypatch, capfd)
     if page.name == "explaining.md":
         assert (tmp_path / "explanations.jsonl").is_file()
+    if page.name == "steering.md":
+        swept = names["swept"]
+        assert swept[2].toward > 0.4 > 0.01 > swept[0].toward
     if page.name == "servers.md":
         local = names["nla_lens"].NLA.from_pretrained("tiny")
         found = names["explanations"]

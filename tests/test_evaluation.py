@@ -6,6 +6,9 @@ import dataclasses
 import itertools
 import json
 import random
+import re
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from nla_lens import NLA, Explanation, NLAError, evaluate, examine
+from nla_lens import NLA, Explanation, NLAError, evaluate, examine, steer
 from nla_lens.evaluation import bootstrap
 from nla_lens.evaluation.evaluate import ROWS
 from nla_lens.evaluation.sample import Memory, Sample
+from nla_lens.models.block_reader import BlockReader
 from nla_lens.results.sentences import quotes, sentences, stands_in
 
 DOCUMENTS = [
@@ -159,17 +163,26 @@ def test_no_text_is_reconstructed_twice(tiny: NLA) -> None:
 
 # --- NLAs broken on purpose -----------------------------------------------------------------------
 
-WRONG = ["fve_nrm", "retrieval", "floor_permuted", "floor_constant", "vagueness", "quotes"]
+ROWS_OF_A_TEXT = (
+    *("fve_nrm", "floor_empty", "floor_constant", "floor_permuted", "floor_last_token"),
+    *("floor_neighbour", "retrieval", "vagueness", "quotes", "support", "splice"),
+)
+"""Rows that hold on the embedded pairs, even on a dozen documents."""
 
 
-def broken(nla: NLA, **changes: Any) -> NLA:
-    mine = NLA(nla.verbalizer, nla.reconstructor)
-    for name, value in changes.items():
-        setattr(mine, name, value)
-    return mine
+def fell_short(nla: NLA) -> set[str]:
+    found = evaluate(nla, DOCUMENTS, positions=["from:4", "spread:3"], rows=ROWS_OF_A_TEXT)
+    assert all(found[name].verdict != "not measured" for name in ROWS_OF_A_TEXT)
+    return {name for name in ROWS_OF_A_TEXT if found[name].verdict == "fell short"}
 
 
-def test_a_verbalizer_that_writes_a_constant_is_seen(tiny: NLA, monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["tiny", "tiny-norm-matched"])
+def test_a_whole_pair_is_let_through(name: str) -> None:
+    assert fell_short(NLA.from_pretrained(name)) == set()
+
+
+def test_a_verbalizer_that_writes_a_constant(tiny: NLA, monkeypatch) -> None:
+    """Everything that asks whose text it is; the sentences themselves still carry something."""
     original = type(tiny.verbalizer).answers
     text = "It reads like a story. It ends with “the dog”. Next comes a full stop."
 
@@ -178,9 +191,30 @@ def test_a_verbalizer_that_writes_a_constant_is_seen(tiny: NLA, monkeypatch) -> 
             yield row, dataclasses.replace(answer, text=text, complete=True)
 
     monkeypatch.setattr(type(tiny.verbalizer), "answers", constant)
-    found = evaluate(tiny, DOCUMENTS, positions=["from:4", "spread:3"], rows=WRONG)
-    assert {n for n in WRONG if found[n].verdict == "fell short"} == set(WRONG)
-    assert found["retrieval"].value <= 3 / found["retrieval"].n
+    assert fell_short(tiny) >= {
+        *("fve_nrm", "floor_constant", "floor_permuted", "floor_neighbour"),
+        *("retrieval", "vagueness", "quotes", "splice"),
+    }
+
+
+def test_an_injection_one_position_off() -> None:
+    """Fluent texts about something else: fidelity, quotations, and what they do in the model."""
+    off = NLA.from_pretrained("tiny")
+    verbalizer: Any = off.verbalizer
+    verbalizer._prompt = dataclasses.replace(
+        verbalizer._prompt, marker=verbalizer.marker_position + 1
+    )
+    caught = fell_short(off)
+    assert caught >= {"fve_nrm", "floor_last_token", "floor_neighbour", "quotes", "splice"}
+    assert "support" not in caught
+
+
+def test_a_reconstructor_of_another_layer() -> None:
+    """Its AV is whole: quotations stand, and only what goes through the AR falls."""
+    other = NLA.from_pretrained("tiny")
+    engine: Any = other.reconstructor.engine
+    engine.reader = BlockReader(engine.model, 1)
+    assert "fve_nrm" in (caught := fell_short(other)) and "quotes" not in caught
 
 
 def test_a_vector_of_another_layer_is_seen(tiny: NLA) -> None:
@@ -190,6 +224,93 @@ def test_a_vector_of_another_layer_is_seen(tiny: NLA) -> None:
     other._source._spec = spec
     found = evaluate(other, DOCUMENTS, positions=["from:4", "spread:3"], rows=["fve_nrm"])
     assert found["fve_nrm"].verdict == "fell short" or found["fve_nrm"].value < 0.5
+
+
+# --- what it costs, and what an edit does ---------------------------------------------------------
+
+
+def test_evaluate_reconstructs_no_text_twice(tiny: NLA, monkeypatch) -> None:
+    """Every row through one memory: what the AR is asked for is what `about` says, each once."""
+    asked: list[str] = []
+    original = type(tiny.reconstructor).reconstruct
+
+    def counting(self: Any, texts: Any) -> Any:
+        asked.extend(texts)
+        return original(self, texts)
+
+    monkeypatch.setattr(type(tiny.reconstructor), "reconstruct", counting)
+    report = evaluate(tiny, DOCUMENTS, positions=["from:4", "spread:4"])
+    assert len(asked) == len(set(asked)) == report.about["reconstructed"]
+    assert {name for name, m in report.items() if m.verdict == "not measured"} <= {
+        "critic", "drift", "ceiling"
+    }  # fmt: skip
+
+
+def world(seed: int, count: int) -> list[str]:
+    """Documents of the embedded pair's world that no one trained on."""
+    folder = str(Path(__file__).parents[1] / "tutorials" / "tiny_nla")
+    sys.path.insert(0, folder)
+    try:
+        corpus = __import__("corpus")
+        return [d.text for d in corpus.documents(seed, count) if d.kind != "unfamiliar"]
+    finally:
+        sys.path.remove(folder)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-norm-matched"])
+def test_steering_by_edit_on_held_out_documents(name: str) -> None:
+    """100 cases and more; the strength was chosen on seeds 101 to 103."""
+    row = evaluate(
+        NLA.from_pretrained(name), world(777001, 76), positions=["from:4", "spread:4"],
+        rows=["steering"],
+    )["steering"]  # fmt: skip
+    assert row.n >= 100 and row.verdict == "held"
+    assert row.low > 0.8 and row.control <= 0.3
+    assert row.details["more_than_halfway"]["edit"] > 0.8
+    assert row.details["shares"]["random direction"] < 0.05
+
+
+def test_one_edit_by_hand(tiny: NLA) -> None:
+    """The first case: found again, edited, and steered by `nla_lens.steer`."""
+    row = evaluate(tiny, DOCUMENTS, positions=["from:4", "spread:4"], rows=["steering"])["steering"]
+    text, edited = row.details["example"], row.details["edited"]
+    read = ((doc, e) for doc in DOCUMENTS for e in tiny.explain_text(doc))
+    document, said = next((doc, e) for doc, e in read if e.text == text and e.position >= 4)
+    source: Any = tiny.open_source(whole=True)
+    ids = source.tokenizer(document)["input_ids"][: said.position + 1]
+    old = said.token.strip()
+    (new,) = {
+        b for a, b in zip(re.findall(r"\w+", text), re.findall(r"\w+", edited), strict=True)
+        if a != b
+    }  # fmt: skip
+    assert re.sub(rf"\b{old}\b", new, text) == edited
+    other = source.tokenizer(f" {new}", add_special_tokens=False)["input_ids"]
+    a, b = (tiny.reconstruct([t])[0] for t in (text, edited))
+    difference = b / b.norm() - a / a.norm()
+
+    def following(tokens: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return source.model(torch.tensor([tokens])).logits[0, -1].softmax(-1)
+
+    before, after = following(ids), following([*ids[:-1], *other])
+    strength = row.details["strength"] * float(difference.norm())
+    with steer(source.model, difference, layer=tiny.spec.layer, strength=strength):
+        steered = following(ids)
+    away, toward = ((steered - there).abs().sum() / 2 for there in (before, after))
+    assert (after - before).abs().sum() / 2 > 0.5
+    assert toward < away
+
+
+@pytest.mark.skipif(not find_spec("transformer_lens.model_bridge"), reason="no TransformerBridge")
+def test_causal_rows_by_another_frameworks_model(tiny: NLA) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers(tiny.spec.source_model)
+    rows, where = ["splice", "steering"], ["from:4", "spread:3"]
+    one = evaluate(tiny, DOCUMENTS, positions=where, rows=rows)
+    other = evaluate(tiny, DOCUMENTS, positions=where, rows=rows, model=bridge)
+    assert other["splice"].value == pytest.approx(one["splice"].value, abs=1e-3)
+    assert other["steering"].value == one["steering"].value
 
 
 # --- tables ---------------------------------------------------------------------------------------
