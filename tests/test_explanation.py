@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import json
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from nla_lens import NLA, Explanation, Explanations, NLAError, explain_corpus
+from nla_lens.results import plots
 from nla_lens.results.claim import Claim
 from nla_lens.results.flags import find_flags
 from nla_lens.results.rows import OWN
@@ -235,6 +237,38 @@ def test_odd_texts_are_shown(text: str, tmp_path: Path) -> None:
 def test_markup_in_a_text_is_no_markup() -> None:
     shown = in_a_terminal(full("[red]x[/red] [/] :smile:", token="[b]", flags=("[i]",)))
     assert "[red]x[/red] [/] :smile:" in shown and "[b]" in shown and "[i]" in shown
+
+
+def test_plot(nla: NLA) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    vectors = torch.randn(2, 6, 64)
+    found = nla.explain(vectors, max_new_tokens=6)
+    placed = [dataclasses.replace(e, position=i % 6) for i, e in enumerate(found.flat)]
+    found = Explanations(placed, found.shape)
+    figure = found.plot(nla, vectors)
+    by_position, by_norm, cos, flags = figure.axes
+    drawn = by_norm.collections[0].get_offsets()
+    np.testing.assert_allclose(drawn, [(e.norm, e.cos) for e in placed])
+    assert [p for p, _ in by_position.collections[0].get_offsets()] == sorted([*range(6)] * 2)
+    # The control: each vector with a text six further on.
+    texts = [e.text for e in placed]
+    control = nla.score(texts[6:] + texts[:6], vectors.reshape(12, 64)).cos
+    values = torch.cat([control, torch.tensor([e.cos for e in placed])])
+    assert cos.dataLim.x0 == pytest.approx(values.min(), abs=1e-5)
+    assert cos.dataLim.x1 == pytest.approx(values.max(), abs=1e-5)
+    assert [t.get_text() for t in cos.get_legend().get_texts()][::-1] == plots._LABELS
+    counted = {
+        name.get_text(): bar.get_width()
+        for name, bar in zip(flags.get_yticklabels(), flags.patches, strict=True)
+    }
+    assert counted == collections.Counter(flag for e in placed for flag in e.flags)
+    pyplot.close(figure)
+    pyplot.close(found.plot())
+    for wrong in ({"nla": nla}, {"vectors": vectors}, {"nla": nla, "vectors": vectors[0]}):
+        with pytest.raises(NLAError, match="vectors"):
+            found.plot(**wrong)
+    with pytest.raises(NLAError, match="none of these explanations is scored"):
+        Explanations([one()]).plot()
 
 
 # --- storing --------------------------------------------------------------------------------------

@@ -117,15 +117,22 @@ class Explanations(Sequence["Explanation | Explanations"]):
             frame.index = pd.MultiIndex.from_product([range(n) for n in self.shape])
         return frame
 
-    def plot(self) -> Figure:
-        """Four panels: fidelity by position, against the norm, its distribution, flags.
+    def plot(self, nla: Any = None, vectors: Any = None) -> Figure:
+        """Four panels: fidelity by position, norm against fidelity, cos against a control, flags.
+
+        Args:
+            nla: For the control: an NLA with a reconstructor.
+            vectors: For the control: what was explained, with as many leading axes.
 
         Raises:
-            NLAError: matplotlib (extra `plots`) is not installed, or nothing was scored.
+            NLAError: matplotlib (extra `plots`) is not installed, nothing was scored, or there are
+                not as many vectors.
         """
         from nla_lens.results.plots import plot
 
-        return plot(self.flat)
+        if vectors is not None and len(self.shape) > 1:
+            vectors = vectors.reshape(len(self.flat), -1)
+        return plot(self.flat, nla, vectors)
 
     def to_html(self, path: str | Path) -> Path:
         """Writes one self-contained page that works from disk, everything escaped.
