@@ -254,8 +254,8 @@ def test_plot(nla: NLA) -> None:
     texts = [e.text for e in placed]
     control = nla.score(texts[6:] + texts[:6], vectors.reshape(12, 64)).cos
     values = torch.cat([control, torch.tensor([e.cos for e in placed])])
-    assert cos.dataLim.x0 == pytest.approx(values.min(), abs=1e-5)
-    assert cos.dataLim.x1 == pytest.approx(values.max(), abs=1e-5)
+    assert cos.dataLim.x0 == pytest.approx(values.min().item(), abs=1e-5)
+    assert cos.dataLim.x1 == pytest.approx(values.max().item(), abs=1e-5)
     assert [t.get_text() for t in cos.get_legend().get_texts()][::-1] == plots._LABELS
     counted = {
         name.get_text(): bar.get_width()
