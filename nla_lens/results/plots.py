@@ -96,7 +96,7 @@ def _by_position(
     if not located:
         axes.text(0.5, 0.5, "positions are not known", ha="center", transform=axes.transAxes)
         return
-    axes.scatter(*zip(*located, strict=True), s=8, alpha=0.4, linewidths=0)
+    axes.scatter([p for p, _ in located], [v for _, v in located], s=8, alpha=0.4, linewidths=0)
     # Of stretches with as many explanations each, so that no point stands for a single one.
     step = max(_LEAST_PER_MEDIAN, len(located) // _MEDIANS)
     parts = [located[i : i + step] for i in range(0, len(located), step)]
