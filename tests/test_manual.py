@@ -83,11 +83,11 @@ def test_every_message_is_listed() -> None:
 def test_the_table_of_releases_is_the_one_in_the_code() -> None:
     from nla_lens.checkpoints.releases import KNOWN_RELEASES
 
-    rows = {
-        row.split("|")[1].strip(" `"): [cell.strip() for cell in row.split("|")[2:-1]]
-        for row in page("releases.md").splitlines()
-        if row.startswith("| `")
-    }
+    rows: dict[str, list[str]] = {}
+    for row in page("releases.md").splitlines():
+        if row.startswith("| `"):  # in two tables
+            name, *cells = (cell.strip(" `") for cell in row.split("|")[1:-1])
+            rows.setdefault(name, []).extend(cells)
     assert len(rows) == len(KNOWN_RELEASES)
     for release in KNOWN_RELEASES:
         name = release.stem if release.ar else release.av
@@ -96,11 +96,11 @@ def test_the_table_of_releases_is_the_one_in_the_code() -> None:
             release.source_model,
             str(release.layer),
             str(release.d_model),
+            "AV + AR" if release.ar else "AV",
             release.injection,
             "none" if scale is None else f"{scale:g}",
             f"{release.var_nrm:g}",
             "not given" if reported is None else f"{reported:g}",
-            "AV + AR" if release.ar else "AV",
         ]
 
 

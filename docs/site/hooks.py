@@ -28,6 +28,7 @@ SHOWN = {
     "CHANGELOG.md": "project/changelog.md",
     "tutorials/tiny_nla/MODEL_CARD.md": "project/tiny.md",
 }
+_EXAMPLE = re.compile(r"^( *)>>> .*(?:\n\1(?:>>>|\.\.\.) .*)*", re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -36,7 +37,7 @@ def on_config(config: MkDocsConfig) -> None:
     """Lists the course, and lets the reference be read from a copy.
 
     There `adapters` is a package: it is a link without an `__init__`, where griffe looks for no
-    modules.
+    modules. And examples in docstrings are blocks of code, not quotations of quotations.
     """
     # Held by the config, and removed with it.
     config.extra["copy"] = copy = tempfile.TemporaryDirectory(prefix="nla-lens-docs-")
@@ -44,9 +45,17 @@ def on_config(config: MkDocsConfig) -> None:
     shutil.copytree(ROOT / "nla_lens", package, ignore=_not_code)
     shutil.copytree(ROOT / "adapters", package / "adapters", ignore=_not_code)
     (package / "adapters" / "__init__.py").touch()
+    for path in package.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(_EXAMPLE.sub(_as_block, text), encoding="utf-8")
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [copy.name]
     course = sorted(path.name for path in (ROOT / "docs" / "course").glob("*.md"))
     config.nav.insert(2, {"Course": [f"course/{name}" for name in course]})
+
+
+def _as_block(match: re.Match[str]) -> str:
+    lines = [line.removeprefix(match[1])[4:] for line in match[0].splitlines()]
+    return "\n".join(match[1] + line for line in ["```python", *lines, "```"])
 
 
 def _not_code(folder: str, names: list[str]) -> set[str]:
