@@ -97,9 +97,10 @@ def test_descriptions_say_what_can_be_read_out_again(smol: SimpleNamespace) -> N
     bare = describe.description(describe.Facts('"', 'so, "', "quotation"))
     assert bare == '""", in a quotation. The text goes on: so, "'
     assert describe.last_said(bare) == '"' and describe.topics_said(bare) == []
-    short = describe.short(facts)
-    assert (describe.last_said(short), describe.tail_said(short)) == ("eggs", "with three eggs")
-    assert describe.kind_said(short) is None
+    ending = describe.ending(facts)
+    assert (describe.last_said(ending), describe.tail_said(ending)) == ("eggs", "with three eggs")
+    assert describe.kind_said(ending) is None
+    assert describe.exercise(facts) == '"eggs" with three eggs'
     for wrong in ("", "eggs", 'The text goes on: "eggs"'):
         assert describe.last_said(wrong) is None and describe.kind_said(wrong) is None
 
@@ -182,23 +183,28 @@ def test_topics_are_what_the_text_says_and_the_vector_tells(smol: SimpleNamespac
     assert told_other.facts[0].topics == ("number", words[0])
 
 
-def test_vectors_are_those_of_block_k(smol: SimpleNamespace, run: Callable, load_pair) -> None:
-    own = run()
-    sample = own.samples()["held"]
-    assert len(sample) and sample.vectors_ND.dtype == torch.float32
+def test_vectors_are_those_of_block_k(smol: SimpleNamespace, run: Callable) -> None:
+    own, texts = run(), smol.texts
+    sample, settings = own.samples()["held"], own.settings
     model, tokenizer = own.model(), own.tokenizer()
-    checked = 0
-    for i in range(0, len(sample), 5):
-        ids = tokenizer(sample.prefixes[i], add_special_tokens=False, return_tensors="pt")
-        if tokenizer.decode(ids["input_ids"][0]) != sample.prefixes[i]:
-            continue
-        out = model(**ids, output_hidden_states=True)
-        wanted_D = out.hidden_states[LAYER + 1][0, -1]
-        if torch.allclose(sample.vectors_ND[i], wanted_D, rtol=1e-4, atol=1e-4):
-            checked += 1
-        said = sample.facts[i]
-        assert sample.prefixes[i].endswith(said.tail) and said.tail.endswith(said.last)
-    assert checked >= 3
+    drawn = texts.draw(texts.read(own.text), "held", settings.held_documents, own.seed)
+    assert len(sample) == len(drawn) * settings.per_document
+    for i in range(0, len(sample), 7):
+        document, fact = drawn[sample.documents[i]], sample.facts[i]
+        ids = tokenizer(document.text)["input_ids"]
+        place = next(
+            p for p in range(len(ids)) if tokenizer.decode(ids[: p + 1]) == sample.prefixes[i]
+        )
+        assert settings.min_position <= place < settings.max_tokens
+        out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        wanted_D = out.hidden_states[LAYER + 1][0, place]
+        torch.testing.assert_close(sample.vectors_ND[i], wanted_D, rtol=1e-4, atol=1e-4)
+        assert sample.sources[i] == f"{document.kind}/{document.source}"
+        assert fact.kind == document.kind
+        assert fact.last == tokenizer.decode(ids[place]).strip()
+        assert fact.tail == tokenizer.decode(ids[place - settings.tail + 1 : place + 1]).strip()
+        p, token = out.logits[0, place].softmax(-1).max(-1)
+        assert fact.next_word == (tokenizer.decode(token).strip() if p >= 0.3 else "")
 
 
 def test_the_prompt_is_run_once_for_all_rows(smol: SimpleNamespace, run: Callable) -> None:
@@ -300,7 +306,16 @@ def test_every_stage_by_its_command(
 ) -> None:
     def train(work: Path, *options: object) -> None:
         command = [sys.executable, ROOT / "train.py", "--source", source_dir("llama")]
-        command += ["--text", text_folder, "--work", work, "--scale", 0.01, "--layer", LAYER]
+        command += [
+            "--text",
+            text_folder,
+            "--work",
+            work,
+            "--scale",
+            0.01,
+            "--set",
+            f"layer={LAYER}",
+        ]
         ran = subprocess.run(
             [*map(str, [*command, *options])], capture_output=True, text=True, check=False
         )

@@ -49,8 +49,13 @@ def description(facts: Facts) -> str:
     return f'"{facts.last}", in a {facts.kind}{about}{then}. {GOES_ON}{facts.tail}'
 
 
-def short(facts: Facts) -> str:
-    """The same with nothing but the last words."""
+def exercise(facts: Facts) -> str:
+    """The last words alone, in few tokens: what a verbalizer learns to read first."""
+    return f'"{facts.last}" {facts.tail}'
+
+
+def ending(facts: Facts) -> str:
+    """A description without kind, topics and next word."""
     return f'"{facts.last}". {GOES_ON}{facts.tail}'
 
 

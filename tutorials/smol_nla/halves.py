@@ -19,11 +19,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-AV_TEMPLATE = "Explain: <concept>{injection_char}</concept>"
+AV_TEMPLATE = "Explain:{injection_char}"
 AR_TEMPLATE = "Some text: {explanation}"
 CLOSING = "\n</explanation>"
 MARKERS = ("式", "㈎")
-"""Characters that may be one token, the first that is one is taken."""
+"""Characters that may be one token: the first that is one is taken. Behind a blank none is."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IGNORE = -100
 HEAD = "value_head.safetensors"
@@ -155,9 +155,9 @@ def halve_frozen(network: nn.Module) -> None:
         )
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str, closing: str = CLOSING) -> list[int]:
     """The tokens a verbalizer is to write."""
-    return tokenizer(text + CLOSING, add_special_tokens=False)["input_ids"]
+    return tokenizer(text + closing, add_special_tokens=False)["input_ids"]
 
 
 def ar_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

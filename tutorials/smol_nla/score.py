@@ -39,7 +39,7 @@ def baselines(nla: NLA, sample: Sample, mean_D: torch.Tensor) -> dict[str, float
     last = [f'"{f.last}". {describe.GOES_ON}{f.last}' for f in sample.facts]
     texts = {
         "gold": [describe.description(f) for f in sample.facts],
-        "gold, last words alone": [describe.short(f) for f in sample.facts],
+        "gold, last words alone": [describe.ending(f) for f in sample.facts],
         "true last token alone": last,
     }
     figures = {"mean direction": _fve(nla, mean_D.expand(n, -1), sample)}

@@ -20,7 +20,7 @@ class Settings:
         topic_words: Words that are candidates for topic words.
         rank: Rank of the LoRA matrices; their alpha is twice that.
         av_samples, ar_samples, refine_samples: Training samples of each stage.
-        short_share: Share of the AV's samples, the first ones, that hold the last words alone.
+        short_share: Share of the AV's samples, the first ones, that are the last words alone.
         batch: Rows per step.
         av_rate, ar_rate, refine_rate: Highest learning rates.
         flat: Share of the steps before the learning rate falls.
@@ -40,8 +40,8 @@ class Settings:
     ar_samples: int = 2_000
     refine_samples: int = 3_000
     short_share: float = 0.5
-    batch: int = 16
-    av_rate: float = 1.2e-3
+    batch: int = 32
+    av_rate: float = 1.5e-3
     ar_rate: float = 5e-4
     refine_rate: float = 3e-4
     flat: float = 0.7

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=["all", *STAGES], default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all sizes")
-    parser.add_argument("--layer", type=int, default=Settings.layer, help="K")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of sizes.py")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
     parser.add_argument("--resume-from", type=Path, help="folder with av and ar to begin with")
@@ -41,7 +42,8 @@ def main() -> None:
             logging.INFO if torch.distributed.get_rank() == 0 else logging.WARNING
         )
     args.work.mkdir(parents=True, exist_ok=True)
-    settings = replace(scaled(Settings(), args.scale), layer=args.layer)
+    given = {name: type(getattr(Settings, name))(value) for name, value in map(_pair, args.set)}
+    settings = replace(scaled(Settings(), args.scale), **given)
     run = Run(
         settings=settings,
         seed=args.seed,
@@ -54,6 +56,13 @@ def main() -> None:
     )
     for name in STAGES if args.stage == "all" else [args.stage]:
         STAGES[name](run)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    if name not in Settings.__dataclass_fields__:
+        sys.exit(f"--set {text}: sizes.py has no {name!r}")
+    return name, value
 
 
 if __name__ == "__main__":
