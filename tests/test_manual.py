@@ -210,6 +210,13 @@ def test_every_page_is_in_the_manual() -> None:
     assert set(re.findall(r"\]\(([^)]+\.md)\)", page("llms.txt"))) == here
 
 
+def test_what_publishes_the_manual_names_what_is_here() -> None:
+    published = yaml.safe_load((ROOT / ".readthedocs.yaml").read_text(encoding="utf-8"))
+    named = [published["mkdocs"]["configuration"]]
+    named += [step["requirements"] for step in published["python"]["install"]]
+    assert all((ROOT / name).is_file() for name in named)
+
+
 def shown_elsewhere() -> list[str]:
     """Pages that are files of the repository elsewhere, as docs/site/hooks.py lists them."""
     text = (DOCS / "site" / "hooks.py").read_text(encoding="utf-8")
