@@ -33,7 +33,7 @@ TOKENIZERS_PARALLELISM ?= false
 PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
-.PHONY: help demo smol test test-slow test-courses test-sae-lens test-ndif test-vllm find-redis bench clean
+.PHONY: help demo smol test test-slow test-courses test-sae-lens test-ndif test-vllm test-ray find-redis bench clean
 .PHONY: docs test-newest test-release constraints course
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -97,6 +97,9 @@ test-release: .venv/.test  ## build sdist and wheel, install the wheel in a fres
 docs: .venv-docs/.docs  ## build the manual into site/, warnings as errors, links followed; needs no network
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 
+test-ray: .venv-jobs/.test  ## test jobs on a real Ray cluster of two nodes on this machine
+	NLA_LENS_TEST_RAY=1 HF_HUB_OFFLINE=1 .venv-jobs/bin/python -m pytest tests/ray_jobs $(PYTEST_ARGS)
+
 find-redis:
 	@command -v redis-server >/dev/null || { \
 	  echo "nla-lens: there is no redis-server here; Debian has it in a package of that name." >&2; exit 1; }
@@ -126,7 +129,7 @@ course: .venv/.test  ## make the course's notebooks and pages of tutorials/cours
 	.venv/bin/python tutorials/course/build.py $(COURSE_ARGS)
 
 clean:  ## remove the environments, caches and build leftovers
-	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif .venv-vllm .venv-newest .venv-constraints .venv-docs site build dist nla_lens.egg-info
+	rm -rf .venv .venv-courses .venv-sae-lens .venv-ndif .venv-vllm .venv-jobs .venv-newest .venv-constraints .venv-docs site build dist nla_lens.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -179,6 +182,11 @@ comma := ,
 .venv-docs/.docs: .venv-docs/.python constraints/docs.txt
 	@echo "Installing mkdocs into $(@D)"
 	@$(@D)/bin/python -m pip install -q -r constraints/docs.txt
+	@touch $@
+
+.venv-jobs/.test: .venv-jobs/.python pyproject.toml constraints/jobs.txt
+	@echo "Installing Ray and playwright into $(@D): a minute or two the first time"
+	@$(call pip_install,$(@D)) -e '.[ray,dev]' playwright -c constraints/jobs.txt
 	@touch $@
 
 .venv-ndif/.python: PYTHON = $(PYTHON312)

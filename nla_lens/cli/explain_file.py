@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from nla_lens.cli.options import halves_options, load_nla, loading_options
+from nla_lens.cli.options import halves_options, load_nla, loading, loading_options
 from nla_lens.errors import NLAError
+from nla_lens.plugins import load_plugin
 
 if TYPE_CHECKING:
     from nla_lens.jobs.job import Job
@@ -41,6 +43,16 @@ _SAMPLED_ROWS = 16
 @click.option("--num-samples", default=1, show_default=True, help="Best of N; needs a temperature.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--batch-size", type=int, help="Most vectors at once; default: from free memory.")
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="",
+    callback=lambda context, param, value: _check_address(value),
+    help="Run it on a Ray cluster: --ray=auto or --ray=HOST:PORT; --ray alone: the one of "
+    "RAY_ADDRESS, or on this machine.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="With --ray: how many hold the NLA.")
+@click.option("--gpus-per-worker", type=float, help="With --ray: GPUs that each has to itself.")
 @halves_options
 @loading_options
 @click.pass_context
@@ -56,6 +68,9 @@ def explain_file(
     vectors: bool,
     strict: bool,
     dry_run: bool,
+    ray: str | None,
+    workers: int | None,
+    gpus_per_worker: float | None,
     **options: Any,
 ) -> None:
     """Explain the tokens of FILES into a store that pandas, polars, duckdb and datasets read.
@@ -70,28 +85,43 @@ def explain_file(
 
     wished = {name: options.pop(name) for name in _EXPLAIN_OPTIONS}
     _check_files(files)
-    nla = load_nla(**options)
-    job = Job.of(
-        nla,
-        [Path(file) for file in files],
-        positions=list(positions),
-        column=column,
-        model=model,
-        limit=limit,
-        options=wished,
-        vectors=vectors,
-        strict=strict,
-    )
-    if dry_run:
-        click.echo(_estimate(job))
-        return
-    store = run_job(job, out, about_job(job, list(positions), column, model), None)
+    if ray is None and (workers or gpus_per_worker):
+        raise NLAError("--workers and --gpus-per-worker need --ray")
+    source = [Path(file) for file in files]
+    given: dict[str, Any] = {"column": column, "model": model, "limit": limit}
+    given |= {"positions": list(positions), "vectors": vectors, "strict": strict}
+    if ray is not None and not dry_run:
+        where: dict[str, Any] = {"workers": workers or 1, "gpus_per_worker": gpus_per_worker or 0}
+        where |= {"address": ray or None}
+        store = _on_ray()(loading(**options), source, out, **where, **given, **wished)
+    else:
+        job = Job.of(load_nla(**options), source, options=wished, **given)
+        if dry_run:
+            click.echo(_estimate(job))
+            return
+        store = run_job(job, out, about_job(job, list(positions), column, model), None)
     click.echo(_summary(store))
     if store.n_failed:
         context.exit(1)
 
 
 _EXPLAIN_OPTIONS = ("max_new_tokens", "temperature", "num_samples", "seed", "batch_size")
+
+
+def _check_address(address: str | None) -> str | None:
+    """An address may be left out, and then a file is taken for it."""
+    if address and Path(address).expanduser().exists():
+        raise click.BadParameter(
+            f"takes {address} for an address: write --ray=auto, or another option behind --ray"
+        )
+    return address
+
+
+def _on_ray() -> Any:
+    """The adapter's `explain_corpus`."""
+    for entry in entry_points(group="nla_lens.jobs", name="ray"):
+        return load_plugin(entry)
+    raise NLAError("nla-lens is installed without its entry point `ray`: install it again")
 
 
 def _check_files(files: tuple[str, ...]) -> None:

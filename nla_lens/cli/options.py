@@ -106,9 +106,16 @@ def load_nla(*, name: str | None, av: str | None, url: Sequence[str] = (), **opt
     """The NLA that the options of `halves_options` and `loading_options` name."""
     from nla_lens.nla import NLA
 
+    return NLA.from_pretrained(**loading(name=name, av=av, url=url, **options))
+
+
+def loading(
+    *, name: str | None, av: str | None, url: Sequence[str] = (), **options: Any
+) -> dict[str, Any]:
+    """The arguments of `NLA.from_pretrained` for these options."""
     if name is None and av is None:
         name = "tiny"
-    return NLA.from_pretrained(name, av=av, url=list(url) or None, **options)
+    return {"name": name, "av": av, "url": list(url) or None, **options}
 
 
 def parse_positions(positions: str | None) -> list[int] | slice | None:

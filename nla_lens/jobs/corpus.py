@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 from torch import Tensor
@@ -65,6 +65,7 @@ class Corpus(Sequence[Document]):
         limit: Only the first so many documents.
         """
         self.parts, self.is_vectors = list(parts), is_vectors
+        self.user: dict[str, tuple[str, str]]
         self._starts: list[int] = []
         total = 0
         for part in self.parts:
@@ -108,6 +109,34 @@ class Corpus(Sequence[Document]):
         names = [part.name for part in self.parts]
         shown = names if len(names) <= 20 else [*names[:20], f"... {len(names) - 20} more"]
         return {"files": shown, "n_documents": len(self), "sha256": digest.hexdigest()}
+
+
+class Excerpt(Corpus):
+    """Some documents in a row, by their numbers in the whole; it travels to other processes."""
+
+    def __init__(self, whole: Corpus, numbers: range) -> None:
+        """Args:
+        whole: The corpus.
+        numbers: Which of its documents.
+        """
+        self.user, self.is_vectors = whole.user, whole.is_vectors
+        self._first = numbers.start
+        self._documents = [_alone(whole[i]) for i in numbers]
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index - self._first < len(self._documents):
+            raise IndexError(index)
+        return self._documents[index - self._first]
+
+
+def _alone(document: Document) -> Document:
+    """A pickle of a view would hold all that it is a view of."""
+    if document.vectors is None:
+        return document
+    return replace(document, vectors=document.vectors.clone())
 
 
 def _joined(kinds: set[str]) -> str:

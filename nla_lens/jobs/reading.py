@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -66,16 +66,18 @@ class Plan:
     """How many rows each document has.
 
     Attributes:
-        starts: Number of each document's first row, and behind the last one the total; int64.
+        starts: Number of each document's first row, and behind the last one's last; int64.
         n_tokens: Of all documents.
         failed: The first documents that cannot be explained, and why.
         n_failed: How many there are.
+        first: Number of the document that `starts` begins with.
     """
 
     starts: np.ndarray[Any, Any]
     n_tokens: int
     failed: dict[int, str]
     n_failed: int
+    first: int = 0
 
     @property
     def n_rows(self) -> int:
@@ -85,7 +87,17 @@ class Plan:
     def documents(self, rows: range) -> range:
         """The documents that some of these rows belong to."""
         first, last = np.searchsorted(self.starts, [rows.start, rows.stop - 1], side="right") - 1
-        return range(int(first), int(last) + 1)
+        return range(self.first + int(first), self.first + int(last) + 1)
+
+    def rows(self, document: int) -> range:
+        """The rows of a document."""
+        at = document - self.first
+        return range(int(self.starts[at]), int(self.starts[at + 1]))
+
+    def of(self, documents: range) -> Plan:
+        """The same of some documents alone."""
+        begin, end = documents.start - self.first, documents.stop - self.first
+        return replace(self, starts=self.starts[begin : end + 1].copy(), first=documents.start)
 
 
 _MOST_SHOWN: Final = 5
@@ -96,6 +108,7 @@ class Reader:
 
     Attributes:
         corpus: The documents.
+        picker: Which tokens of each.
     """
 
     def __init__(
@@ -107,11 +120,11 @@ class Reader:
         spec: Of the NLA that explains them.
         source: The model that reads texts; None for vectors.
         """
-        self.corpus, self._picker, self._spec, self._source = corpus, picker, spec, source
+        self.corpus, self.picker, self._spec, self._source = corpus, picker, spec, source
 
     def over(self, corpus: Corpus) -> Reader:
         """The same of another corpus."""
-        return Reader(corpus, self._picker, self._spec, self._source)
+        return Reader(corpus, self.picker, self._spec, self._source)
 
     @cached_property
     def _to_text(self) -> Any:
@@ -136,7 +149,7 @@ class Reader:
             ids = encode(tokenizer, document.text)
             messages = None if isinstance(document.text, str) else document.text
             tokens = Tokens(ids, _Lazily(ids, self._to_text), messages, tokenizer)
-            return Prepared(ids, self._picker(tokens))
+            return Prepared(ids, self.picker(tokens))
         except NLAError as error:
             return Prepared(error=str(error))
 
@@ -161,17 +174,18 @@ class Reader:
         """
         prepared = {i: self.prepare(self.corpus[i]) for i in plan.documents(rows)}
         for i, found in prepared.items():
-            if found.n_rows != plan.starts[i + 1] - plan.starts[i]:
+            if found.n_rows != len(plan.rows(i)):
                 raise NLAError(f"document {i} has changed since the job began; begin a new store")
         wanted: dict[int, list[int]] = {}
         for i, found in prepared.items():
-            first, last = rows.start - plan.starts[i], rows.stop - plan.starts[i]
-            wanted[i] = [int(k) for k in range(max(first, 0), min(last, found.n_rows))]
+            own = plan.rows(i)
+            first, last = rows.start - own.start, rows.stop - own.start
+            wanted[i] = list(range(max(first, 0), min(last, found.n_rows)))
         vectors = self._vectors(prepared, wanted, batch_size)
         made = []
         for i, within in wanted.items():
             for n, k in enumerate(within):
-                number = int(plan.starts[i]) + k
+                number = plan.rows(i)[k]
                 error = prepared[i].error
                 vector = None if error is not None else vectors[i][n]
                 if vector is not None and (error := _unfit(vector)) is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 
@@ -86,14 +86,36 @@ def explain_corpus(
     return run_job(job, out, about_job(job, positions, column, model), progress)
 
 
-def run_job(job: Job, out: str | Path, about: Mapping[str, Any], progress: bool | None) -> Store:
-    """Runs what of a job is missing in a store, in this process."""
+Made: TypeAlias = tuple[Row, dict[str, Any]]
+"""A row, and what the store holds of it."""
+
+
+def run_job(
+    job: Job,
+    out: str | Path,
+    about: Mapping[str, Any],
+    progress: bool | None,
+    make: Callable[[Job, list[range]], Iterator[Made]] | None = None,
+) -> Store:
+    """Runs what of a job is missing in a store.
+
+    Args:
+        job: The job.
+        out: The store's folder.
+        about: The settings, as its manifest holds them.
+        progress: As in `NLA.explain`.
+        make: Makes stretches of rows somewhere else; each in order. None: in this process.
+    """
     with begun(job, out, about) as (job, store):
         missing = store.missing()
         n_missing = sum(map(len, missing))
-        done = (made for gap in missing for made in _prefetched(job, gap))
-        _write(job, store, with_progress(done, total=n_missing, show=progress))
+        made = (make or _here)(job, missing) if missing else iter(())
+        _write(job, store, with_progress(made, total=n_missing, show=progress))
     return store
+
+
+def _here(job: Job, missing: list[range]) -> Iterator[Made]:
+    return (made for gap in missing for made in _prefetched(job, gap))
 
 
 @contextlib.contextmanager
@@ -121,7 +143,7 @@ def begun(
         yield job, store
 
 
-def _prefetched(job: Job, rows: range) -> Iterator[tuple[Row, dict[str, Any]]]:
+def _prefetched(job: Job, rows: range) -> Iterator[Made]:
     """Rows as they are made; the next ones are read while these are explained."""
     parts = [rows[i : i + _ROWS_AT_ONCE] for i in range(0, len(rows), _ROWS_AT_ONCE)]
     with ThreadPoolExecutor(1, "nla-lens-reader") as pool:
@@ -133,13 +155,13 @@ def _prefetched(job: Job, rows: range) -> Iterator[tuple[Row, dict[str, Any]]]:
             yield from job.explain(read)
 
 
-def _write(job: Job, store: GrowingStore, made: Iterator[tuple[Row, dict[str, Any]]]) -> None:
+def _write(job: Job, store: GrowingStore, made: Iterator[Made]) -> None:
     """Writes rows as shards; on the way out, whatever is finished.
 
     Raises:
         NLAError: As `Job.run`; or the disk is full.
     """
-    held: list[tuple[Row, dict[str, Any]]] = []
+    held: list[Made] = []
     try:
         for row, values in made:
             if held and row.number != held[-1][0].number + 1:
@@ -158,7 +180,7 @@ def _write(job: Job, store: GrowingStore, made: Iterator[tuple[Row, dict[str, An
     _flush(job, store, held)
 
 
-def _flush(job: Job, store: GrowingStore, held: list[tuple[Row, dict[str, Any]]]) -> None:
+def _flush(job: Job, store: GrowingStore, held: list[Made]) -> None:
     if not held:
         return
     vectors = (
