@@ -45,6 +45,10 @@ def template(node: ast.expr) -> str:
 def as_page(root: Path) -> str:
     """A page of all of them."""
     lines = [
+        "---",
+        "search: {boost: 3}",
+        "---",
+        "",
         "# Every message",
         "",
         "All errors and warnings of this version, read out of its code. `…` stands for what is",
