@@ -44,3 +44,12 @@ def test_bad_options_are_said_before_anything_runs(
         runpy.run_path(str(RUN), run_name="__main__")
     assert ended.value.code == 2
     assert "no part nothing" in capfd.readouterr().err
+
+
+def test_what_evaluate_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same texts in both; that none is reconstructed twice is looked at there, too."""
+    monkeypatch.syspath_prepend(RUN.parent)
+    found = runpy.run_path(str(RUN.with_name("evaluating.py")))["measure"](16)
+    assert found["vectors"] == 16 and found["texts reconstructed"] > 100
+    needed = found["explaining, s"] + found["reconstructing, s"]
+    assert found["ratio"] == pytest.approx(found["evaluate, s"] / needed, rel=0.1)

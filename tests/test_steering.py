@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import threading
 from collections.abc import Callable
@@ -435,6 +436,20 @@ def test_nothing_is_left_behind(framework: Framework, ids_BT: Tensor, vector: Te
     assert not steering._active
     interleaver = getattr(model, "interleaver", None) if "nnsight" in str(type(model)) else None
     assert interleaver is None or not interleaver.nla_acts
+
+
+@torch.no_grad()
+def test_a_copy_made_meanwhile_is_not_steered(opened: Any, ids_BT: Tensor, vector: Tensor) -> None:
+    framework = opened("transformers")
+    resid, _ = framework.run(ids_BT)
+    with steer(framework.model, vector, layer=K, positions=None):
+        copied = by_transformers(copy.deepcopy(framework.model))
+        steered, _ = framework.run(ids_BT)
+        during, _ = copied.run(ids_BT)
+        again, _ = framework.run(ids_BT)
+    after, _ = copied.run(ids_BT)
+    assert torch.equal(during, resid) and torch.equal(after, resid)
+    assert torch.equal(steered, again) and not torch.equal(steered, resid)
 
 
 @torch.no_grad()

@@ -82,8 +82,9 @@ def patched_module(module: nn.Module, edit: Edit) -> Iterator[None]:
     """The same for a torch module that is a block."""
     mine = threading.get_ident()
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if threading.get_ident() != mine:
+    def hook(called: nn.Module, args: Any, output: Any) -> Any:
+        # A copy of the model, made meanwhile, keeps the hook.
+        if called is not module or threading.get_ident() != mine:
             return None
         return edited(output, edit)
 
@@ -124,14 +125,14 @@ def watched_stack(stack: nn.Module, watcher: Watcher) -> Iterator[None]:
     """The same for the transformers model that holds the blocks."""
     mine = threading.get_ident()
 
-    def begin(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+    def begin(called: nn.Module, args: Any, kwargs: Any = None) -> None:
         # Without keywords: another thread's, begun while torch had noted the hook, not its kind.
-        if kwargs is not None and threading.get_ident() == mine:
+        if kwargs is not None and called is stack and threading.get_ident() == mine:
             where_BT3, n_past = _known_of_pass(args, kwargs)
             watcher.begin(where_BT3, n_past)
 
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == mine:
+    def end(called: nn.Module, args: Any, output: Any) -> None:
+        if called is stack and threading.get_ident() == mine:
             watcher.end()
 
     handles = [

@@ -121,7 +121,7 @@ class Steering:
     def __enter__(self) -> Steering:
         me = threading.get_ident()
         steered = _steered(self.model, self.place)
-        # In a list, as one that is entered again acts once and ends with the first entry.
+        # In a list: one that is entered again acts once, and until its first entry is over.
         steered.add(self)
         self._inside.append((me, steered))
         return self
@@ -208,9 +208,10 @@ class _Steered:
             # A pass that somebody's hook makes in the middle of another is none of its steps.
             trail = Trail() if self._passes else self._trail
             seen = trail.step(where_BT3, n_past)
+        self._passes.append(seen)
+        if seen is not None:
             for member in self._members:
                 member.check_reach(seen)
-        self._passes.append(seen)
 
     def end(self) -> None:
         """See `Watcher.end`."""
