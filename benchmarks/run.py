@@ -5,7 +5,7 @@
     python benchmarks/run.py --parts AV memory
 
 Ratios are between medians of one run, in which the ways that are compared take turns. What each
-column compares stands where it is measured: `verbalizing`, `reading`, `around`, `floor`.
+column compares stands where it is measured: `verbalizing`, `reading`, `around`, `corpus`, `floor`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from around import import_rows, probe_rows, streaming_rows
+from corpus import corpus_rows, growing_rows
 from floor import Machine
 from reading import extraction_rows, reconstruction_rows
 from rich.console import Console
@@ -54,6 +55,7 @@ def parts(args: argparse.Namespace) -> dict[str, Callable[[], list[Row]]]:
     }
     if args.device == "cpu":
         found |= {"memory": streaming_rows, "import": import_rows, "probe": probe_rows}
+        found |= {"corpus": corpus_rows, "corpus grows": growing_rows}
     return found
 
 
