@@ -34,7 +34,7 @@ PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
 .PHONY: help demo smol test test-slow test-courses test-sae-lens test-ndif test-vllm test-ray find-redis bench clean
-.PHONY: docs test-newest test-release constraints course
+.PHONY: test-browser find-chromium docs test-newest test-release constraints course
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -99,6 +99,13 @@ docs: .venv-docs/.docs  ## build the manual into site/, warnings as errors, link
 
 test-ray: .venv-jobs/.test  ## test jobs on a real Ray cluster of two nodes on this machine
 	NLA_LENS_TEST_RAY=1 HF_HUB_OFFLINE=1 .venv-jobs/bin/python -m pytest tests/ray_jobs $(PYTEST_ARGS)
+
+test-browser: find-chromium .venv-jobs/.test  ## look at pages in a real Chromium, which must be here
+	NLA_LENS_TEST_BROWSER=1 HF_HUB_OFFLINE=1 .venv-jobs/bin/python -m pytest tests/browser $(PYTEST_ARGS)
+
+find-chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
+	  echo "nla-lens: there is no chromium here; Debian has it in a package of that name." >&2; exit 1; }
 
 find-redis:
 	@command -v redis-server >/dev/null || { \
