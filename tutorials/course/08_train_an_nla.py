@@ -1,9 +1,11 @@
-# slow: two minutes of training
+# slow: minutes of training
 # %% [markdown]
 # # 8 · Train an NLA on a laptop
 #
-# **Claim.** 10,000 vectors and two minutes on one processor core make an NLA that says something about its vector. Evidence: a verbalizer and a reconstructor, trained
-# here from the embedded source model's weights, on 185 vectors of documents that were held out: CLAIM8. Control: CLAIM8B.
+# **Claim.** 10,000 vectors and a minute or two on one processor core make an NLA that says something about its vector. Evidence: a verbalizer and a
+# reconstructor, trained here from the weights of the embedded pair's source model; on 173 vectors of held-out documents, `fve_nrm` is 0.31 and the last
+# word is right in 38 %. Control: texts of other documents have below -0.9; always saying the commonest word is right in 14 %. The ceiling, true texts
+# through the same reconstructor, is 0.69; the embedded pair, trained on twenty times as many vectors, has 0.97.
 #
 # The source model was trained to be legible, and what the explanations are to say is taken from the text, by rule. With a natural model nobody hands you
 # the texts: there they are written by a large model, and then improved by how well the reconstructor can use them.
@@ -446,4 +448,4 @@ if N_VECTORS == 10_000:
 # * Two losses, both a line; the mistakes are in the shift, the mask and the gradient.
 # * Report ceiling and floor beside the score. Here the ceiling is the reconstructor's: more data raises both.
 #
-# Try N_VECTORS = 50,000 (ten minutes).
+# Try N_VECTORS = 50,000: five times as long. What do the three numbers of 8.5 do?
