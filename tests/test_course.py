@@ -54,7 +54,7 @@ def cells_of(source: Path, build: Any, kind: str) -> list[str]:
 
 def test_every_notebook_has_a_source() -> None:
     stems = {path.stem for path in SOURCES}
-    assert stems <= {path.stem for path in TUTORIALS.glob("*.ipynb")}
+    assert stems == {path.stem for path in TUTORIALS.glob("*.ipynb")}
     assert stems == {path.stem for path in (TUTORIALS / "solved").glob("*.ipynb")}
     assert stems == {path.stem for path in (TUTORIALS.parent / "docs" / "course").glob("[0-9]*.md")}
 
