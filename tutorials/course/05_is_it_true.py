@@ -458,10 +458,10 @@ report = nla_lens.evaluate(
     progress=False,
 )
 for row in report.values():
-    print(
-        f"{row.name:15} {row.value:6.2f} [{row.low:5.2f}, {row.high:5.2f}]"
-        f"  control {row.control:5.2f} ({row.control_name})"
-    )
+    print(f"{row.name:15} {row.value:6.2f} [{row.low:5.2f}, {row.high:5.2f}]")
+    print(f"    control {row.control:5.2f} ({row.control_name})")
+    if row.public:
+        print(f"    published: {row.public}")
 
 # %%
 if PAIR == "tiny":
