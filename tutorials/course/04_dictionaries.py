@@ -8,7 +8,7 @@
 # latent's places 8 % both times.
 #
 # The source model's residuals were trained to be sums of what explanations say (`tiny_nla/MODEL_CARD.md`), so words do better here than they would on
-# a model that grew up by itself. The dictionary (512 latents, BatchTopK with L0 8, trained by `tiny_sae/train.py` with SAELens) had no such help.
+# a model that grew up by itself. The dictionary (512 latents, BatchTopK with L0 8, trained by `tutorials/tiny_sae/train.py` with SAELens) had no such help.
 #
 # **You will** compute latents by hand, keep the ones that matter, put directions into words and find out how often that is right, and measure what
 # either language loses of the model's own predictions.
@@ -341,7 +341,7 @@ def _():
 # `set(re.findall("[a-z]+", text.lower())) - set(common)`; two sets meet where `a & b` is not empty.
 
 # %% [markdown]
-# So read a text for a direction as a guess, and check it on real residuals. `tiny_sae/judge.py` does that on 50 latents with a stricter count
+# So read a text for a direction as a guess, and check it on real residuals. `tutorials/tiny_sae/judge.py` does that on 50 latents with a stricter count
 # (`tiny_sae/RESULTS.md`).
 #
 # ## 4 What the model loses
