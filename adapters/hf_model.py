@@ -57,9 +57,11 @@ def attach(model: Any, nla: NLA) -> Probe:
     check_fit(nla, d_model=width_of(stack), n_blocks=n_blocks, what=what)
     check_stream(inside)
     recorder = _Recorder(n_blocks, width_of(stack), nla, _text_of_tokens(inside))
-    handles = []
+    handles: list[Any] = []
     for module in _around(model, stack):
         begin, end = _Look(recorder, recorder.begin), _Look(recorder, recorder.end)
+        if module._compiled_call_impl is not None:
+            handles.append(_Compiled(module, begin, end))
         handles += [
             module.register_forward_pre_hook(begin, with_kwargs=True),
             # Also where the pass fails, so that it is over.
@@ -195,6 +197,31 @@ class _Look:
         return _Look, ()
 
 
+class _Compiled:
+    """Looks at the passes of what `module.compile()` compiled in place, hooks and all."""
+
+    def __init__(self, module: nn.Module, begin: _Look, end: _Look) -> None:
+        self._module, self._call = module, module._compiled_call_impl
+        module._compiled_call_impl = functools.partial(_looked_at, self._call, module, begin, end)
+
+    def remove(self) -> None:
+        """Leaves what was compiled as it was."""
+        self._module._compiled_call_impl = self._call
+
+
+def _looked_at(
+    call: Any, module: nn.Module, begin: _Look, end: _Look, *args: Any, **kw: Any
+) -> Any:
+    begin(module, args, kw)
+    output = None
+    try:
+        output = call(*args, **kw)
+    finally:
+        # Also where the pass fails, so that it is over.
+        told = end(module, args, output)
+    return output if told is None else told
+
+
 def _may_answer_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     asked = kwargs.get("output_hidden_states")
     if asked is None:
@@ -215,8 +242,7 @@ def _told_in_place(state: Tensor, origin: Origin, is_given: bool) -> Tensor:
     if not state.requires_grad or is_given:
         return ResidualTensor.wrap(state, origin)
     state.__class__ = ResidualTensor
-    state._origin = origin  # type: ignore[attr-defined]
-    return state
+    return state.told(origin)  # type: ignore[attr-defined]
 
 
 def _around(model: nn.Module, stack: nn.Module) -> Iterator[nn.Module]:

@@ -39,6 +39,15 @@ def well_formed(text: str) -> str:
     return _SURROGATE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def well_formed_in(values: Any) -> Any:
+    """The same for all texts in lists and dicts, however deep."""
+    if isinstance(values, str):
+        return well_formed(values)
+    if isinstance(values, dict):
+        return {well_formed_in(key): well_formed_in(value) for key, value in values.items()}
+    return [well_formed_in(part) for part in values] if isinstance(values, list) else values
+
+
 def to_json(values: Any) -> str:
     """JSON on one line, in which what `harmless` spells out is escaped; read, it is the same."""
     written = json.dumps(values, ensure_ascii=False)

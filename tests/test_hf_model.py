@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import StaticCache
 
 import nla_lens
 from nla_lens import NLA, NLAError, ResidualTensor
@@ -275,7 +276,87 @@ def test_positions_that_cannot_be_read_from_a_mask(make: Callable[..., Any], nla
     assert said[1].origin.where_LX3[..., 1].equal(positions)
 
 
+def test_a_mask_as_long_as_the_cache_will_be(make: Callable[..., Any], nla: NLA) -> None:
+    model, tokenizer = make()
+    inputs = batch(tokenizer)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    n, name = ids.shape[1], cache_keyword(model)
+    wanted = wanted_positions(mask)
+    cache = StaticCache(config=model.config, max_cache_len=n + 8)
+    with nla_lens.attach(model, nla), torch.no_grad():
+        for begin, end in ((0, 4), (4, n)):
+            seen = mask.clone()
+            seen[:, end:] = 0
+            out = model(
+                ids[:, begin:end],
+                attention_mask=torch.nn.functional.pad(seen, (0, 8)),
+                output_hidden_states=True,
+                **{name: cache},
+            )
+            found = out.hidden_states[K + 1].origin.where_LX3[..., 1]
+            assert found.equal(wanted[:, begin:end])
+        out = model(ids, torch.nn.functional.pad(mask, (0, 8)), output_hidden_states=True)
+    assert out.hidden_states[K + 1].origin.where_LX3[..., 1].equal(wanted)
+
+
+def test_padding_of_a_generation_with_a_static_cache(make: Callable[..., Any], nla: NLA) -> None:
+    model, tokenizer = make()
+    inputs = batch(tokenizer)
+    with nla_lens.attach(model, nla):
+        out = model.generate(
+            **inputs,
+            max_new_tokens=2,
+            do_sample=False,
+            cache_implementation="static",
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+    found = [states[K + 1].origin.where_LX3[..., 1] for states in out.hidden_states]
+    wanted = wanted_positions(inputs["attention_mask"])
+    assert found[0].equal(wanted) and found[1].equal(wanted[:, -1:] + 1)
+
+
+def test_texts_packed_in_one_row(make: Callable[..., Any], nla: NLA) -> None:
+    model, tokenizer = make()
+    ids = batch(tokenizer)["input_ids"][:1, :6]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with nla_lens.attach(model, nla), torch.no_grad():
+        states = model(ids, position_ids=positions, output_hidden_states=True).hidden_states
+    assert states[K + 1].origin.where_LX3[..., 1].equal(positions)
+
+
+def test_states_split_by_assisted_generation(make: Callable[..., Any], nla: NLA) -> None:
+    model, tokenizer = make()
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"].repeat(1, 2)
+    with nla_lens.attach(model, nla):
+        out = model.generate(
+            ids,
+            max_new_tokens=3,
+            do_sample=False,
+            prompt_lookup_num_tokens=2,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+    first = out.hidden_states[0][K + 1]
+    assert first.origin.where_LX3[0, :, 1].tolist() == list(range(ids.shape[1]))
+
+
 # Wrapped
+
+
+def test_compiled_in_place(make: Callable[..., Any], nla: NLA) -> None:
+    model, tokenizer = make()
+    inputs = batch(tokenizer)
+    with torch.no_grad():
+        plain = model(**inputs, output_hidden_states=True).hidden_states
+        model.compile(backend="eager")
+        with nla_lens.attach(model, nla):
+            with pytest.raises(IndexError):
+                model(inputs["input_ids"] + 10**6, output_hidden_states=True)
+            states = model(**inputs, output_hidden_states=True).hidden_states
+        after = model(**inputs, output_hidden_states=True).hidden_states
+    assert_known(states, plain, inputs, nla)
+    assert type(after[K]) is Tensor
 
 
 class Own(nn.Module):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -124,6 +125,29 @@ def test_jsonl_with_columns_of_all_kinds(tiny: NLA, tmp_path: Path) -> None:
     assert second["text"] == tiny.explain_text(TEXTS[1], -1, **SHORT)[0].text
 
 
+def test_columns_no_table_has(tiny: NLA, tmp_path: Path) -> None:
+    big, odd = 10**40, "\udcff"
+    records = [{"text": TEXTS[0], "n": big, "x": 1.5, odd: odd, 5: 1}, {"text": TEXTS[1], "x": big}]
+    store = explain_corpus(tiny, records, tmp_path / odd, positions="last", **SHORT)
+    first, second = open_store(tmp_path / odd).rows()
+    assert store.manifest["columns"] == {
+        "n": "json", "x": "json", "\\udcff": "string", "5": "int64"
+    }  # fmt: skip
+    assert json.loads(first["n"]) == big and json.loads(second["x"]) == big
+    assert (first["\\udcff"], first["5"]) == ("\\udcff", 1)
+    assert len(explain_corpus(tiny, records, tmp_path / odd, positions="last", **SHORT)) == 2
+
+
+def test_files_from_other_systems(tiny: NLA, tmp_path: Path) -> None:
+    (tmp_path / "PLAIN.TXT").write_bytes(b"\xef\xbb\xbf" + TEXTS[1].encode())
+    (tmp_path / "LINES.JSONL").write_text(json.dumps({"text": TEXTS[1]}))
+    wanted = explain_corpus(tiny, [TEXTS[1]], tmp_path / "s", **SHORT).rows()
+    for name in ("PLAIN.TXT", "LINES.JSONL"):
+        found = explain_corpus(tiny, tmp_path / name, tmp_path / f"s-{name}", **SHORT)
+        assert [r["token_id"] for r in found.rows()] == [r["token_id"] for r in wanted]
+        assert [r["text"] for r in found.rows()] == [r["text"] for r in wanted]
+
+
 def test_every_kind_of_text_file_gives_the_same_rows(tiny: NLA, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -153,6 +177,13 @@ def test_every_kind_of_vectors_gives_the_same_rows(tiny: NLA, tmp_path: Path) ->
     pq.write_table(pa.table({"vector": column, "name": list("abcde")}), tmp_path / "v.parquet")
     expected = [e.text for e in tiny.explain(vectors, **SHORT)]
     sources = [vectors, vectors.numpy(), [vectors[:2], vectors[2:]]]
+    foreign = vectors.numpy().astype(">f4")
+    np.save(tmp_path / "big-endian.npy", foreign)
+    np.save(tmp_path / "long.npy", np.asfortranarray(vectors.numpy(), dtype=np.longdouble))
+    fixed = vectors.numpy().copy()
+    fixed.flags.writeable = False
+    sources += [foreign, fixed, vectors.numpy()[::-1][::-1], list(foreign)]
+    sources += [tmp_path / name for name in ("big-endian.npy", "long.npy")]
     sources += [tmp_path / name for name in ("v.npy", "v.safetensors", "v.parquet")]
     for n, source in enumerate(sources):
         store = explain_corpus(tiny, source, tmp_path / f"s{n}", vectors=True, **SHORT)
@@ -243,7 +274,21 @@ def test_rules_pick_positions(rules: list, picked: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["", "al", "every", "every:0", "every:-1", "spread:0", "from:x", "regex:(", [], [3]]
+    "given",
+    [
+        "",
+        "al",
+        "every",
+        "every:0",
+        "every:-1",
+        "spread:0",
+        "from:x",
+        "regex:(",
+        [],
+        [3],
+        3,
+        "every:" + "9" * 5000,
+    ],
 )
 def test_rules_that_are_none_are_named(given: object) -> None:
     with pytest.raises(NLAError, match="positions="):
@@ -272,6 +317,10 @@ def test_assistant_turns(tiny: NLA, load_pair, source_dir, tmp_path: Path) -> No
 # --- bad input ------------------------------------------------------------------------------------
 
 
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "named"),
     [
@@ -286,6 +335,17 @@ def test_assistant_turns(tiny: NLA, load_pair, source_dir, tmp_path: Path) -> No
         (lambda d: 7, {}, "int is no corpus"),
         (lambda d: torch.zeros(3, 128, dtype=torch.long), {}, "int64"),
         (lambda d: torch.randn(3, 64), {}, "width 64 instead of 128"),
+        (lambda d: np.zeros(3, dtype=[("a", "f4", (128,))]), {}, "are no vectors"),
+        (lambda d: d / "a\0b", {}, "is not there"),
+        (lambda d: "~nosuchuser/x", {}, "is not there"),
+        (lambda d: Path("/dev/zero"), {}, "no regular file"),
+        (lambda d: os.mkfifo(d / "a.txt") or d / "a.txt", {}, "no regular file"),
+        (lambda d: lines(d / "a.csv", "text,n"), {}, "a table.*jsonl"),
+        (lambda d: [{"text": "x", "me": CYCLE}], {}, "document 0 of the list"),
+        (lambda d: [{"text": "x", (1, 2): 3}], {}, "document 0 of the list"),
+        (lambda d: pd.DataFrame([["a", "b"]], columns=["text", "text"]), {}, "data frame"),
+        (lambda d: pd.DataFrame({"text": ["\ud800"]}), {}, "data frame|surrogate"),
+        (lambda d: ["x"], {"limit": True}, "limit=True"),
         (lambda d: ["x"], {"positions": "frist"}, "positions='frist'"),
         (lambda d: ["x"], {"positions": "from:99"}, "no token is picked"),
         (lambda d: ["x"], {"limit": 0}, "limit=0"),
@@ -433,6 +493,35 @@ def test_a_damaged_shard_is_named_and_made_again(tiny: NLA, tmp_path: Path) -> N
         open_store(tmp_path / "s").rows()
     shard.unlink()
     assert explain_corpus(tiny, TEXTS, tmp_path / "s", **SHORT).rows() == whole
+
+
+def test_what_does_not_belong_to_a_store_is_named(tiny: NLA, tmp_path: Path) -> None:
+    store = explain_corpus(tiny, TEXTS, tmp_path / "s", positions="last", vectors=True, **SHORT)
+    (shard,) = store.shards.values()
+    rows, content = store.rows(), shard.read_bytes()
+    for name in ("rows-000000005-000000003.parquet", "other.parquet"):
+        (store.path / name).write_bytes(content)
+    os.mkfifo(store.path / "rows-000000007-000000007.parquet")
+    assert open_store(store.path).rows() == rows and store.complete
+    twice = store.path / "rows-000000000-000000001.parquet"
+    twice.write_bytes(content)
+    with pytest.raises(NLAError, match="hold the same rows"):
+        open_store(store.path).rows()
+    twice.unlink()
+    pq.write_table(pq.read_table(shard).slice(1), shard)  # fewer rows than its name says
+    with pytest.raises(NLAError, match=r"damaged \(2 rows"):
+        open_store(store.path).to_pandas()
+    shard.write_bytes(content)
+    for vectors in ({"vectors": torch.ones(2, 128)}, {"others": torch.ones(3, 128)}):
+        save_file(vectors, store.vectors_path(range(3)))
+        with pytest.raises(NLAError, match="damaged"):
+            store.vectors()
+    store.texts_path(range(3)).write_text('{"row": 0, "before": 5}\n')
+    with pytest.raises(NLAError, match="damaged"):
+        store.page()
+    for wanted in ({"document": "x"}, {"row": 10**30}, {"token_ids": [1]}):
+        with pytest.raises(NLAError, match="cannot be in that column"):
+            store.rows(**wanted)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nla_lens import NLA, NLAError, ResidualTensor
+from nla_lens.stream.origin import UNKNOWN
 from nla_lens.stream.residual import PADDING, Origin, locate
 
 IDS_BT = torch.tensor([[9, 11, 12, 13, 14], [21, 22, 23, 24, 25]])
@@ -644,6 +646,78 @@ def test_moving_axes_in_place_loses_what_was_known() -> None:
     square = make()[0, :4]
     square.t_()
     assert "hook_name=None" in repr(square)
+
+
+def positions(resid: Tensor) -> Any:
+    assert isinstance(resid, ResidualTensor)
+    return resid.origin.where_LX3[..., 1].tolist()
+
+
+ROW = [0, 1, 2, 3, 4]
+GONE = [UNKNOWN] * 5
+
+
+def written(change: Callable[[Any, Any], Any]) -> Any:
+    resid, other = make()[1], make()[1]
+    change(resid, other)
+    return positions(resid)
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (lambda r, o: r.__setitem__(0, o[3]), [3, 1, 2, 3, 4]),
+        (lambda r, o: r.__setitem__([0, 1], o[[4, 2]]), [4, 2, 2, 3, 4]),
+        (lambda r, o: r.__setitem__(slice(2), o[4]), [4, 4, 2, 3, 4]),
+        (lambda r, o: r.__setitem__(0, o[3].as_ordinary()), [UNKNOWN, 1, 2, 3, 4]),
+        (lambda r, o: r.__setitem__(-1, 0.0), [0, 1, 2, 3, UNKNOWN]),
+        (lambda r, o: r.__setitem__((..., 3), 0.0), ROW),
+        (lambda r, o: r.__setitem__(r > 9, 0.0), ROW),
+        (lambda r, o: r.copy_(o.flip(0)), ROW[::-1]),
+        (lambda r, o: r.copy_(o.as_ordinary().flip(0)), GONE),
+        (lambda r, o: r.index_copy_(0, torch.tensor([0]), o[3:4]), GONE),
+        (lambda r, o: torch.index_select(o, 0, torch.tensor([4, 3, 2, 1, 0]), out=r), GONE),
+        (lambda r, o: setattr(r, "data", o.flip(0)), GONE),
+        (lambda r, o: r.as_ordinary().copy_(o.flip(0)), GONE),
+        (lambda r, o: r[1:].copy_(o[:4]), GONE),
+        (lambda r, o: r.mul_(2).clamp_(-1, 1), ROW),
+        (lambda r, o: r[2].add_(1), ROW),
+        (lambda r, o: r.__setitem__(2, r[2].__iadd__(1)), ROW),  # r[2] += 1
+        (lambda r, o: (r.zero_(), r.add_(o)), GONE),
+    ],
+)
+def test_what_is_known_after_writing(change: Callable[[Any, Any], Any], left: Any) -> None:
+    assert written(change) == left
+    with torch.inference_mode():
+        # Nothing counts there what is written by way of another view.
+        assert written(change) in (left, ROW)
+
+
+def test_who_explains_stays_known_after_writing() -> None:
+    resid = make()[1]
+    resid[0], resid[1] = make()[1, 3].as_ordinary(), 0
+    copied = resid.clone().copy_(make_plain()[1])
+    for written in (resid, resid[0], copied):
+        assert written.explain()[0] is written
+    assert resid[2].hook_name == "blocks.3.hook_resid_post" and resid[0].hook_name is None
+    taken = make()[0]
+    whole = taken[1:]
+    taken[2] = make()[1, 4]
+    assert positions(whole) == [UNKNOWN] * 4  # it views what was written to
+    assert taken[2].origin.where_LX3.tolist() == [1, 4, 25]
+
+
+def test_indices_that_reach_to_the_end_of_a_vector() -> None:
+    for part in (make()[..., :4], make()[:, :, 0:4], make()[..., 0:9:1]):
+        assert_knows_itself(part)
+    for part in (make()[..., :3], make()[..., 1:], make()[..., ::2]):
+        assert_ordinary(part)
+
+
+def test_lists_of_lists_index_as_they_do_without_a_probe() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is about to read them otherwise
+        assert make()[[[1, 0]]].equal(make_plain()[[[1, 0]]])
 
 
 def test_gradients_flow_through_it() -> None:

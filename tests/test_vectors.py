@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from nla_lens import NLAError, ResidualTensor
 from nla_lens.stream.origin import UNKNOWN
@@ -227,6 +228,7 @@ MISFITS: dict[str, tuple[Any, str]] = {
         torch.nested.nested_tensor([T2, T2[:1]], layout=torch.jagged),
         r"a nested tensor; pass list\(...\)",
     ),
+    "a tensor that only pretends": (FakeTensorMode().from_tensor(T2), "a FakeTensor that gives no"),
     "what fails": (Exported(T2, OSError("no device")), r"found Exported: .*OSError: no device"),
     "itself": (SELF, "found list: nested deeper than 16"),
     "nothing at all": ([], r"shape \(0,\)"),

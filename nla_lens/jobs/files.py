@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,7 @@ class TextFile:
 
     def _text(self) -> str:
         try:
-            return self._path.read_text(encoding="utf-8")
+            return self._path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise NLAError(f"{self._path} is no UTF-8 text ({error})") from error
         except OSError as error:
@@ -193,7 +194,7 @@ def _npy(path: Path) -> list[Part]:
         found = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise NLAError(f"{path} cannot be read as npy: {_first(error)}") from error
-    return [Rows(as_rows(torch.from_numpy(found), path), path.name)]
+    return [Rows(as_rows(found, path), path.name)]
 
 
 def _safetensors(path: Path) -> list[Part]:
@@ -243,6 +244,7 @@ _VECTORS: Final[dict[str, Callable[[Path], list[Part]]]] = {
     ".npy": _npy,
     ".safetensors": _safetensors,
 }
+_TABLES: Final = (".csv", ".json", ".tsv")
 _TEXTS: Final = (".txt", ".md", ".jsonl", ".ndjson", ".parquet")
 
 
@@ -255,7 +257,7 @@ def open_files(source: Any, column: str | None) -> tuple[list[Part], bool]:
     given = [source] if isinstance(source, (str, Path)) else list(source)
     parts: list[Part] = []
     kinds: set[bool] = set()
-    for path in [found for one in given for found in _listed(Path(one).expanduser())]:
+    for path in [found for one in given for found in _listed(Path(os.path.expanduser(one)))]:
         opened = _open(path, column)
         kinds |= {isinstance(part, Rows) or getattr(part, "is_vectors", False) for part in opened}
         parts += opened
@@ -266,14 +268,17 @@ def open_files(source: Any, column: str | None) -> tuple[list[Part], bool]:
 
 def _listed(path: Path) -> list[Path]:
     """A file, or those of a folder whose kind is known, by name."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise NLAError(f"{path} is not there")
-    if not path.is_dir():
+    if path.is_file():
         return [path]
+    if not path.is_dir():
+        # A pipe nobody writes to, a device without an end.
+        raise NLAError(f"{path} is no regular file; save what it gives as one")
     found = sorted(
         p
         for p in path.rglob("*")
-        if p.suffix in (*_TEXTS, *_VECTORS)
+        if p.suffix.lower() in (*_TEXTS, *_VECTORS)
         and p.is_file()
         and not any(part.startswith(".") for part in p.relative_to(path).parts)
     )
@@ -283,12 +288,18 @@ def _listed(path: Path) -> list[Path]:
 
 
 def _open(path: Path, column: str | None) -> list[Part]:
-    if path.suffix in _VECTORS:
-        return _VECTORS[path.suffix](path)
-    if path.suffix == ".parquet":
+    kind = path.suffix.lower()
+    if kind in _VECTORS:
+        return _VECTORS[kind](path)
+    if kind == ".parquet":
         return [Parquet(path, column)]
-    if path.suffix in (".jsonl", ".ndjson"):
+    if kind in (".jsonl", ".ndjson"):
         return [JSONLines(path, column)]
+    if kind in _TABLES:
+        raise NLAError(
+            f"{path} is a table of a kind that is not read; write it as .jsonl or .parquet, or "
+            "pass a data frame (to have it explained as one text, name it .txt)"
+        )
     return [TextFile(path)]
 
 

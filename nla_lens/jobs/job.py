@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
 from nla_lens.halves.explaining import Options, explain_batch
 from nla_lens.jobs.inputs import Source, open_corpus
@@ -64,7 +65,7 @@ class Job:
         wishes = Options.of(options)
         nla.check_options(wishes)
         picker = Picker.of(positions)
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
+        if limit is not None and not (is_int(limit) and limit >= 1):
             raise NLAError(f"limit={limit!r} must be a positive number of documents")
         corpus = open_corpus(source, column=column, limit=limit)
         reading = None if corpus.is_vectors else nla.open_source(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -100,4 +101,4 @@ def _named(model: Any) -> str | None:
         return None
     if not isinstance(model, (str, Path)):
         model = getattr(model, "name_or_path", "") or type(model).__name__
-    return Path(model).name if Path(model).expanduser().is_dir() else str(model)
+    return Path(model).name if os.path.isdir(os.path.expanduser(model)) else str(model)

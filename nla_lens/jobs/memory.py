@@ -36,8 +36,12 @@ class Listed:
     def digest(self) -> str:
         """See `Part`."""
         digest = hashlib.sha256()
-        for row in self._rows:
-            digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+        for i, row in enumerate(self._rows):
+            try:
+                digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+            # What holds itself, keys that are no texts or cannot be sorted.
+            except (RecursionError, TypeError, ValueError) as error:
+                raise NLAError(f"document {i} of the {self.name} is no JSON: {error}") from error
         return digest.hexdigest()
 
 
@@ -87,10 +91,14 @@ def open_values(source: Any, column: str | None) -> tuple[list[Part], bool]:
         NLAError: Nothing that could be explained.
     """
     if isinstance(source, (Tensor, np.ndarray)):
-        return [Rows(as_rows(torch.as_tensor(source), "vectors"))], True
+        return [Rows(as_rows(source, "vectors"))], True
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
         # Not `records` of a frame: numpy's own scalars are no JSON.
-        rows: Any = json.loads(source.to_json(orient="records"))
+        try:
+            rows: Any = json.loads(source.to_json(orient="records"))
+        # Two columns of one name, halves of surrogate pairs, what its own JSON does not know.
+        except (OverflowError, TypeError, ValueError) as error:
+            raise NLAError(f"the data frame cannot be read: {error}") from error
         check_column(list(map(str, source.columns)), column, "the data frame")
         return [Listed(rows, column, "data frame")], False
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
@@ -99,9 +107,8 @@ def open_values(source: Any, column: str | None) -> tuple[list[Part], bool]:
         )
     listed = list(source)
     if listed and all(isinstance(row, (Tensor, np.ndarray)) for row in listed):
-        parts = [torch.as_tensor(row) for row in listed]
         return [
-            Rows(as_rows(part, f"vectors {i}"), f"vectors {i}") for i, part in enumerate(parts)
+            Rows(as_rows(part, f"vectors {i}"), f"vectors {i}") for i, part in enumerate(listed)
         ], True
     for i, row in enumerate(listed):
         if not isinstance(row, (str, Mapping, list, tuple)):
@@ -128,12 +135,25 @@ def check_column(found: Sequence[str], column: str | None, where: object) -> Non
         )
 
 
-def as_rows(vectors: Tensor, where: object) -> Tensor:
-    """`[n, d]` of vectors with any leading axes.
+def as_rows(given: Tensor | np.ndarray[Any, Any], where: object) -> Tensor:
+    """`[n, d]` of vectors with any leading axes; an array's own memory where torch can have it.
 
     Raises:
         NLAError: No vectors.
     """
+    vectors = given if isinstance(given, Tensor) else _from_numpy(given, where)
     if vectors.ndim == 0 or not vectors.is_floating_point():
         raise NLAError(f"{where}: {vectors.dtype} of shape {tuple(vectors.shape)} are no vectors")
     return vectors.reshape(-1, vectors.shape[-1])
+
+
+def _from_numpy(array: np.ndarray[Any, Any], where: object) -> Tensor:
+    dtype = array.dtype
+    if not array.ndim or dtype.kind != "f":
+        raise NLAError(f"{where}: {dtype} of shape {array.shape} are no vectors")
+    if dtype.itemsize > 8:
+        # Long double, which torch has no name for.
+        array = array.astype(np.float64)
+    elif not dtype.isnative or not array.flags.writeable:
+        array = array.astype(dtype.newbyteorder("="))
+    return torch.as_tensor(np.ascontiguousarray(array) if min(array.strides) < 0 else array)

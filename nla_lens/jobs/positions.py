@@ -62,6 +62,8 @@ class Picker:
             NLAError: Not of a form that is known, or a pattern that is none.
         """
         single = isinstance(positions, str) or callable(positions)
+        if not single and not isinstance(positions, (list, tuple)):
+            raise NLAError(f"positions={positions!r:.80} is not of a known form; it is {_FORMS}")
         listed: list[Any] = [positions] if single else list(positions)  # type: ignore[arg-type]
         if not listed:
             raise NLAError(f"positions= is empty; it is {_FORMS}")
@@ -92,7 +94,7 @@ def _rule(given: Any) -> Rule:
         return lambda tokens, left: [i for i in left if i in assistant_turns(tokens)]
     if name == "regex" and colon:
         return _matching(value)
-    if name in ("every", "from", "spread") and value.isdecimal():
+    if name in ("every", "from", "spread") and value.isdecimal() and len(value) < 19:
         n = int(value)
         if name == "from":
             return lambda tokens, left: [i for i in left if i >= n]

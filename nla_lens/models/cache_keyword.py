@@ -14,7 +14,7 @@ from torch import nn
 
 NAMES: Final = ("cache", "past_key_values")
 """Newest first."""
-_STATES: Final = "cache_params"
+STATES: Final = "cache_params"
 """What families call it that keep states alone (Mamba)."""
 
 
@@ -33,7 +33,7 @@ def takes_cache(taker: nn.Module | Callable[..., Any]) -> bool:
 
 def _keyword(taker: nn.Module | Callable[..., Any]) -> str | None:
     for named in _named(taker):
-        for name in (*NAMES, _STATES):
+        for name in (*NAMES, STATES):
             if name in named:
                 return name
     return None

@@ -10,6 +10,7 @@ from typing import Any
 
 from nla_lens.disk.writing import only_writer, write_whole
 from nla_lens.errors import NLAError
+from nla_lens.foreign import well_formed_in
 from nla_lens.results.parquet import write_table
 from nla_lens.results.rows import to_table
 from nla_lens.results.store import FORMAT, MANIFEST, VERSION, Store, read_manifest, told
@@ -41,7 +42,9 @@ class GrowingStore(Store):
             NLAError: Another store is there, and what differs; or other files.
         """
         path = Path(path)
-        wanted = json.loads(json.dumps({**about, "n_rows": n_rows, "n_documents": n_documents}))
+        whole = json.dumps({**about, "n_rows": n_rows, "n_documents": n_documents})
+        # File names need not be Unicode; what a reader takes is.
+        wanted = well_formed_in(json.loads(whole))
         if (path / MANIFEST).exists():
             store = cls(path)
             store.check_same(wanted)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from nla_lens.foreign import well_formed, well_formed_in
 from nla_lens.results.explanation import Explanation
 
 if TYPE_CHECKING:
@@ -91,7 +93,9 @@ def to_row(
     values = {name: getattr(explanation, name) for name in OWN if hasattr(explanation, name)}
     values["flags"] = list(explanation.flags)
     values["samples"] = [to_sample(sample) for sample in explanation.samples]
-    return _storable({**(user or {}), **values, "document": document, "row": row, "error": None})
+    return well_formed_in(
+        {**(user or {}), **values, "document": document, "row": row, "error": None}
+    )
 
 
 def to_sample(sample: Explanation) -> dict[str, Any]:
@@ -106,25 +110,33 @@ def failed_row(
     reason: str, *, document: int, row: int, user: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """A row for what could not be explained."""
-    return _storable({**(user or {}), "document": document, "row": row, "error": reason})
-
-
-def _storable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with half surrogate pairs, which have no UTF-8, spelled out."""
-    return {name: _utf8(value) for name, value in values.items()}
-
-
-def _utf8(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
-    if isinstance(value, list):
-        return [_utf8(part) for part in value]
-    return {k: _utf8(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return well_formed_in({**(user or {}), "document": document, "row": row, "error": reason})
 
 
 def to_table(rows: Iterable[Mapping[str, Any]], user: Mapping[str, str]) -> pa.Table:
     """Rows as an arrow table."""
     return import_arrow().Table.from_pylist(list(rows), schema=schema(user))
+
+
+def read_shard(
+    path: Path, n_rows: int, columns: Sequence[str] | None, user: Mapping[str, str]
+) -> pa.Table:
+    """The rows of a file; arrow's own errors, or a ValueError where there are not so many.
+
+    Args:
+        path: The file.
+        n_rows: How many rows its name says.
+        columns: Which columns; None for all.
+        user: Names and types of the user's own.
+    """
+    parquet = import_arrow().parquet
+    # An open file: names that are no Unicode are not for arrow.
+    with path.open("rb") as file:
+        found = parquet.ParquetFile(file).metadata.num_rows
+        # Before anything is unpacked.
+        if found != n_rows:
+            raise ValueError(f"{found} rows, and its name says {n_rows}")
+        return parquet.read_table(file, columns=columns, schema=schema(user))
 
 
 def to_explanations(rows: Iterable[Mapping[str, Any]]) -> list[Explanation]:
@@ -155,7 +167,8 @@ def user_columns(found: Iterable[str]) -> dict[str, str]:
     taken = {*OWN, *listed}
     named: dict[str, str] = {}
     for name in listed:
-        called = name
+        # Names in parquet are texts with a UTF-8; keys of a dict may be anything.
+        called = well_formed(str(name))
         while called in OWN or (called != name and called in taken):
             called = f"input_{called}"
         taken.add(called)
@@ -165,7 +178,10 @@ def user_columns(found: Iterable[str]) -> dict[str, str]:
 
 def column_type(values: Iterable[Any]) -> str:
     """The narrowest of `USER_TYPES` that holds values, None left out."""
-    kinds = {type(value) for value in values if value is not None}
+    given = [value for value in values if value is not None]
+    kinds = {type(value) for value in given}
+    if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in given):
+        return "json"
     if not kinds or kinds == {str}:
         return "string"
     if kinds == {bool}:

@@ -15,6 +15,7 @@ can be told from a listing. pandas, polars, duckdb and `datasets` read the shard
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +29,10 @@ from nla_lens.errors import NLAError
 from nla_lens.results.explanations import Explanations
 from nla_lens.results.page import document, to_page
 from nla_lens.results.rows import (
+    OWN,
     USER_TYPES,
     import_arrow,
+    read_shard,
     schema,
     to_explanations,
 )
@@ -77,9 +80,17 @@ class Store:
         found = {}
         with told(self.path):
             for path in self.path.iterdir():
-                if match := _SHARD.fullmatch(path.name):
+                # A pipe of that name would be waited for.
+                if (match := _SHARD.fullmatch(path.name)) and path.is_file():
                     found[range(int(match[1]), int(match[2]) + 1)] = path
-        return dict(sorted(found.items(), key=lambda item: item[0].start))
+        listed = sorted(found.items(), key=lambda item: (item[0].start, item[0].stop))
+        for (rows, path), (following, other) in itertools.pairwise(listed):
+            if following.start < rows.stop:
+                raise NLAError(
+                    f"{path} and {other.name} hold the same rows: one of them does not belong to "
+                    "this store; take it out of the folder"
+                )
+        return {rows: path for rows, path in listed if len(rows)}
 
     def missing(self) -> list[range]:
         """The stretches of rows that are still to be made."""
@@ -114,15 +125,10 @@ class Store:
         )
 
     def _read(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        parquet = import_arrow().parquet
-        for path in self.shards.values():
-            try:
-                yield parquet.read_table(path, columns=columns, schema=schema(self.user))
-            except (OSError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise NLAError(
-                    f"{path} is damaged ({reason}); remove it, and the same command makes it again"
-                ) from error
+        for rows, path in self.shards.items():
+            with _undamaged(path):
+                table = read_shard(path, len(rows), columns, self.user)
+            yield table
 
     def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows in order, as an arrow table."""
@@ -161,9 +167,12 @@ class Store:
         for table in self._read():
             for name, value in wanted.items():
                 column = table[name]
-                table = table.filter(
-                    pc.is_null(column) if value is None else pc.equal(column, value)
-                )
+                try:
+                    same = pc.is_null(column) if value is None else pc.equal(column, value)
+                # Arrow's errors are of all of these.
+                except (OverflowError, NotImplementedError, TypeError, ValueError) as error:
+                    raise NLAError(f"{name}={value!r:.80} cannot be in that column") from error
+                table = table.filter(same)
             found += table.to_pylist()
         return found
 
@@ -194,7 +203,16 @@ class Store:
         paths = [self.vectors_path(rows) for rows in self.shards]
         if not all(path.is_file() for path in paths):
             raise NLAError(f"{self.path} holds no vectors; ask for them with vectors=True")
-        return torch.cat([load_file(path)["vectors"] for path in paths])
+        found = []
+        for rows, path in zip(self.shards, paths, strict=True):
+            with _undamaged(path):
+                part_ND = load_file(path)["vectors"]
+                if part_ND.ndim != 2 or len(part_ND) != len(rows):
+                    raise ValueError(f"shape {tuple(part_ND.shape)} for {len(rows)} rows")
+            found.append(part_ND)
+        if len({part_ND.shape[1] for part_ND in found}) > 1:
+            raise NLAError(f"{self.path}: the vectors of its shards are of several widths")
+        return torch.cat(found)
 
     def vectors_path(self, rows: range) -> Path:
         """Where the vectors of a shard are, if they were kept."""
@@ -204,8 +222,9 @@ class Store:
         """A line on what it holds."""
         failed = f", {self.n_failed} failed" if self.n_failed else ""
         of = "" if self.complete else f" of {self.n_rows}"
-        nla = self.manifest.get("nla", {})
-        return f"{len(self)}{of} rows{failed} · {nla.get('hook_name', '')}"
+        nla = self.manifest.get("nla")
+        hook_name = nla.get("hook_name") if isinstance(nla, dict) else None
+        return f"{len(self)}{of} rows{failed} · {hook_name or ''}"
 
     def page(self, *, limit: int | None = None, live: str | None = None) -> str:
         """The page that `to_html` writes.
@@ -266,14 +285,32 @@ class Store:
         for rows in self.shards:
             path = self.texts_path(rows)
             if path.is_file():
-                for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-                    around = json.loads(line)
-                    found[around.pop("row")] = around
+                with _undamaged(path):
+                    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+                        around = json.loads(line)
+                        tokens = {k: list(map(str, around[k])) for k in ("before", "after")}
+                        found[int(around["row"])] = tokens
         return found
 
     def texts_path(self, rows: range) -> Path:
         """Where the tokens around a shard's rows are, if there are any."""
         return self.path / f"texts-{rows[0]:09d}-{rows[-1]:09d}.jsonl"
+
+
+@contextlib.contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Says which file of a store is not what was written."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (KeyError, OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
+        if isinstance(error, NLAError):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise NLAError(
+            f"{path} is damaged ({reason}); remove it, and the same command makes it again"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -298,6 +335,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not all(is_int(manifest.get(k)) for k in ("n_rows", "n_documents")) or not (
         isinstance(manifest.get("columns"), dict)
         and all(kind in USER_TYPES for kind in manifest["columns"].values())
+        and not set(OWN) & set(manifest["columns"])
     ):
         raise NLAError(f"{path} does not say n_rows, n_documents and columns as a store does")
     return dict(manifest)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from nla_lens.models.cache_keyword import cache_among
+from nla_lens.models.cache_keyword import STATES, cache_among
 from nla_lens.stream.explainer import Explainer
 
 PADDING: Final = -1
@@ -81,10 +81,8 @@ class Origin:
 
     def at(self, index: Any) -> Origin:
         """The same for a slice of the leading axes."""
-        parts = index if isinstance(index, tuple) else (index,)
-        here = self.where_LX3.device
-        moved = tuple(p.to(here) if isinstance(p, torch.Tensor) else p for p in parts)
-        return self.moved(self.table_LXC[moved])
+        table_LXC = self.table_LXC
+        return self.moved(table_LXC[on_device(index, table_LXC)])
 
     def flat(self) -> Origin:
         """The same in row-major order, `[n, 3]` on the CPU."""
@@ -135,6 +133,12 @@ class Origin:
         )
 
 
+def on_device(index: Any, tensor: torch.Tensor) -> tuple[Any, ...]:
+    """An index whose tensors are where `tensor` is."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return tuple(p.to(tensor.device) if isinstance(p, torch.Tensor) else p for p in parts)
+
+
 def locate(
     token_ids_BT: torch.Tensor, attention_mask_BS: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -171,14 +175,40 @@ def where_of_pass(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Ten
             return None
         ids_BT = torch.full(embeds_BTD.shape[:2], -1, device=embeds_BTD.device)
     mask_BS = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    n_past = _n_past(args, kwargs)
     if isinstance(mask_BS, torch.Tensor) and mask_BS.ndim == 2:
-        return locate(ids_BT, mask_BS)
+        return locate(ids_BT, _seen_by_pass(mask_BS, n_past, ids_BT.shape[1]))
+    positions_BT = kwargs.get("position_ids")
+    if isinstance(positions_BT, torch.Tensor) and positions_BT.ndim == 2:
+        where_BT3 = locate(ids_BT)
+        where_BT3[..., 1] = _without_padding(positions_BT.to(ids_BT.device))
+        return where_BT3
     if mask_BS is None:
-        past = cache_among(kwargs)
-        n_past = 0 if past is None else int(past.get_seq_length())
-        return locate(ids_BT, ids_BT.new_ones(len(ids_BT), n_past + ids_BT.shape[1]))
-    where_BT3, positions_BT = locate(ids_BT), kwargs.get("position_ids")
-    if not isinstance(positions_BT, torch.Tensor) or positions_BT.ndim != 2:
-        positions_BT = torch.full_like(ids_BT, UNKNOWN)
-    where_BT3[..., 1] = positions_BT
+        return locate(ids_BT, ids_BT.new_ones(len(ids_BT), (n_past or 0) + ids_BT.shape[1]))
+    where_BT3 = locate(ids_BT)
+    where_BT3[..., 1] = UNKNOWN
     return where_BT3
+
+
+def _seen_by_pass(mask_BS: torch.Tensor, n_past: int | None, length: int) -> torch.Tensor:
+    """The mask up to a pass's last token: one for a cache of fixed size goes on behind it."""
+    return mask_BS if n_past is None else mask_BS[:, : n_past + length]
+
+
+def _n_past(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """How many columns a pass's cache holds; None where that is not known."""
+    past = cache_among(kwargs)
+    if past is None:
+        return None if len(args) > 3 or kwargs.get(STATES) is not None else 0
+    length = getattr(past, "get_seq_length", None)
+    return None if length is None else int(length())
+
+
+def _without_padding(positions_BT: torch.Tensor) -> torch.Tensor:
+    """Positions as `generate` numbers them, those of padding on the left found.
+
+    It gives all of a row's padding one number, 0 or 1, and counts from the first real token.
+    """
+    goes_on_BT = positions_BT.diff(dim=-1) == 1
+    goes_on_BT = torch.nn.functional.pad(goes_on_BT, (0, 1), value=True)
+    return positions_BT.masked_fill(goes_on_BT.long().cumsum(-1) == 0, PADDING)

@@ -20,6 +20,7 @@ from nla_lens.errors import NLAError
 from nla_lens.stream.explainer import Explainer, check_nla
 from nla_lens.stream.following import origin_of
 from nla_lens.stream.origin import PADDING, Origin, locate
+from nla_lens.stream.overwriting import after_writing, forgotten, is_in_place, version, writes
 
 __all__ = ["PADDING", "Origin", "ResidualTensor", "locate"]
 
@@ -37,6 +38,8 @@ class ResidualTensor(torch.Tensor):
     """
 
     _origin: Origin
+    # What `version` said when that was known: one list for all that `__getitem__` shows of it.
+    _version_known: list[int | None]
 
     @staticmethod
     def wrap(resid: torch.Tensor, origin: Origin) -> ResidualTensor:
@@ -51,9 +54,20 @@ class ResidualTensor(torch.Tensor):
                 f"a residual of shape {tuple(resid.shape)} cannot come from positions of shape "
                 f"{tuple(origin.leading)}"
             )
-        wrapped = resid.as_subclass(ResidualTensor)
-        wrapped._origin = origin
-        return wrapped
+        return resid.as_subclass(ResidualTensor).told(origin)
+
+    def told(self, origin: Origin) -> ResidualTensor:
+        """This tensor, of which from now on `origin` is known."""
+        self._origin, self._version_known = origin, [version(self)]
+        return self
+
+    def _written(self, origin: Origin) -> None:
+        """Takes note of what is known after it was written to."""
+        if origin is self._origin:
+            # Still true of whatever views the same memory.
+            self._version_known[0] = version(self)
+        else:
+            self.told(origin)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,13 +78,19 @@ class ResidualTensor(torch.Tensor):
             _let_compiled_code_take_subclasses()
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        written = _known(args[0]) if args and writes(func) else None
+        if written is not None:
+            # What is written may be a view of the same memory: it is asked what it is before.
+            written = after_writing(func, args, kwargs, written, _known, _leading_index)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
             origin = origin_of(func, args, kwargs, result, _known)
+            if written is not None:
+                args[0]._written(written)
         if isinstance(origin, list):
             return type(result)(map(_wrapped, result, origin))
         # Only in-place operations answer what they were given and change it.
-        if origin is None and _is_in_place(func):
+        if origin is None and is_in_place(func):
             if func.__name__ in _MOVE_AXES_IN_PLACE and isinstance(result, ResidualTensor):
                 result.__dict__.pop("_origin", None)
             return result
@@ -81,10 +101,17 @@ class ResidualTensor(torch.Tensor):
         if torch.compiler.is_compiling():
             return plain
         origin = self.known_origin()
-        leading = _leading_index(index, self.ndim)
+        leading = _leading_index(index, self)
         if origin is None or leading is None:
             return plain
-        return ResidualTensor.wrap(plain, origin.at(leading))
+        found = origin.at(leading)
+        # torch takes some lists for tuples and others for tensors.
+        if found.leading != plain.shape[:-1]:
+            return plain
+        shown = ResidualTensor.wrap(plain, found)
+        if plain._is_view():
+            shown._version_known = self._version_known
+        return shown
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[i] for i in range(len(self)))
@@ -118,11 +145,14 @@ class ResidualTensor(torch.Tensor):
         return self.as_subclass(torch.Tensor)
 
     def known_origin(self) -> Origin | None:
-        """Where the vectors came from; None after `t_()` and the like, which move them about."""
+        """Where the vectors came from; None after `t_()` and the like, which move them about.
+
+        Of vectors that were written to by another view of their memory, nobody knows.
+        """
         origin: Origin | None = getattr(self, "_origin", None)
         if origin is None or origin.leading != self.shape[:-1]:
             return None
-        return origin
+        return origin if version(self) == self._version_known[0] else forgotten(origin)
 
     @property
     def origin(self) -> Origin:
@@ -200,13 +230,9 @@ def _let_compiled_code_take_subclasses() -> None:
 _let_compiled_code_take_subclasses._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_in_place(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-
-
-def _leading_index(index: Any, ndim: int) -> tuple[Any, ...] | None:
+def _leading_index(index: Any, tensor: torch.Tensor) -> tuple[Any, ...] | None:
     """The part of an index that concerns the leading axes; None if it reaches into d_model."""
+    ndim = tensor.ndim
     parts = list(index) if isinstance(index, tuple) else [index]
     try:
         used = sum(_axes_used(part) for part in parts)
@@ -219,7 +245,7 @@ def _leading_index(index: Any, ndim: int) -> tuple[Any, ...] | None:
         used = ndim
     if used > ndim - 1:
         last = parts.pop()
-        if not (isinstance(last, slice) and last == slice(None)):
+        if not (isinstance(last, slice) and last.indices(n := tensor.shape[-1]) == (0, n, 1)):
             return None
     return tuple(parts)
 

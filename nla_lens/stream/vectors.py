@@ -22,6 +22,7 @@ VectorsLike: TypeAlias = "Tensor | np.ndarray[Any, Any] | Sequence[Any]"
 
 _TAKEN: Final = "a list of them, a pandas column of lists or floats by themselves will do, too"
 _DEEPEST: Final = 16
+_KINDS: Final = (Tensor, torch.nn.Parameter, torch.nn.Buffer, ResidualTensor)
 
 
 class _Unfit(Exception):
@@ -172,12 +173,24 @@ def _checked(given: Tensor, name: str) -> Tensor:
     if given.is_nested:
         raise _Unfit(_about(name, "a nested tensor; pass list(...) of its parts"))
     _check_size(given.numel(), f"vectors of shape {tuple(given.shape)}")
+    if type(given) not in _KINDS:
+        return _from_subclass(given, name)
     if given.layout == torch.strided:
         return given
     try:
         return _plain(given).detach().to_dense()
     except RuntimeError as error:
         raise _Unfit(_about(name, f"of layout {given.layout} ({error!s:.200})")) from error
+
+
+def _from_subclass(given: Tensor, name: str) -> Tensor:
+    """The values of a tensor that answers for itself what torch asks of it."""
+    try:
+        return torch.from_numpy(np.array(given.detach().cpu().float().numpy()))
+    # Whatever somebody else's `__torch_dispatch__` raises.
+    except Exception as error:
+        what = f"a {type(given).__name__} that gives no values ({type(error).__name__})"
+        raise _Unfit(_about(name, what)) from error
 
 
 def _joined(members: Sequence[Any], name: str) -> Tensor:
