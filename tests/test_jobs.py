@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -30,6 +29,7 @@ from nla_lens.jobs.corpus import Excerpt
 from nla_lens.jobs.positions import Picker, Tokens
 
 pa = pytest.importorskip("pyarrow")
+pd = pytest.importorskip("pandas")
 pq = pytest.importorskip("pyarrow.parquet")
 
 TEXTS = [
