@@ -167,8 +167,7 @@ def user_columns(found: Iterable[str]) -> dict[str, str]:
     taken = {*OWN, *listed}
     named: dict[str, str] = {}
     for name in listed:
-        # Names in parquet are texts with a UTF-8; keys of a dict may be anything.
-        called = well_formed(str(name))
+        called = well_formed(name)
         while called in OWN or (called != name and called in taken):
             called = f"input_{called}"
         taken.add(called)
