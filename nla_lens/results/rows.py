@@ -167,7 +167,8 @@ def user_columns(found: Iterable[str]) -> dict[str, str]:
     taken = {*OWN, *listed}
     named: dict[str, str] = {}
     for name in listed:
-        called = well_formed(name)
+        # Names in parquet are texts with a UTF-8; keys of a dict may be anything.
+        called = well_formed(str(name))
         while called in OWN or (called != name and called in taken):
             called = f"input_{called}"
         taken.add(called)
