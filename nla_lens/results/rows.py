@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nla_lens.foreign import well_formed, well_formed_in
@@ -116,27 +115,6 @@ def failed_row(
 def to_table(rows: Iterable[Mapping[str, Any]], user: Mapping[str, str]) -> pa.Table:
     """Rows as an arrow table."""
     return import_arrow().Table.from_pylist(list(rows), schema=schema(user))
-
-
-def read_shard(
-    path: Path, n_rows: int, columns: Sequence[str] | None, user: Mapping[str, str]
-) -> pa.Table:
-    """The rows of a file; arrow's own errors, or a ValueError where there are not so many.
-
-    Args:
-        path: The file.
-        n_rows: How many rows its name says.
-        columns: Which columns; None for all.
-        user: Names and types of the user's own.
-    """
-    parquet = import_arrow().parquet
-    # An open file: names that are no Unicode are not for arrow.
-    with path.open("rb") as file:
-        found = parquet.ParquetFile(file).metadata.num_rows
-        # Before anything is unpacked.
-        if found != n_rows:
-            raise ValueError(f"{found} rows, and its name says {n_rows}")
-        return parquet.read_table(file, columns=columns, schema=schema(user))
 
 
 def to_explanations(rows: Iterable[Mapping[str, Any]]) -> list[Explanation]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,10 +31,10 @@ from nla_lens.results.rows import (
     OWN,
     USER_TYPES,
     import_arrow,
-    read_shard,
     schema,
     to_explanations,
 )
+from nla_lens.results.shards import read_around, read_rows, read_vectors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,9 +125,7 @@ class Store:
 
     def _read(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         for rows, path in self.shards.items():
-            with _undamaged(path):
-                table = read_shard(path, len(rows), columns, self.user)
-            yield table
+            yield read_rows(path, len(rows), columns, self.user)
 
     def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows in order, as an arrow table."""
@@ -198,18 +195,11 @@ class Store:
             NLAError: They were not kept.
         """
         import torch
-        from safetensors.torch import load_file
 
         paths = [self.vectors_path(rows) for rows in self.shards]
         if not all(path.is_file() for path in paths):
             raise NLAError(f"{self.path} holds no vectors; ask for them with vectors=True")
-        found = []
-        for rows, path in zip(self.shards, paths, strict=True):
-            with _undamaged(path):
-                part_ND = load_file(path)["vectors"]
-                if part_ND.ndim != 2 or len(part_ND) != len(rows):
-                    raise ValueError(f"shape {tuple(part_ND.shape)} for {len(rows)} rows")
-            found.append(part_ND)
+        found = [read_vectors(p, len(rows)) for rows, p in zip(self.shards, paths, strict=True)]
         if len({part_ND.shape[1] for part_ND in found}) > 1:
             raise NLAError(f"{self.path}: the vectors of its shards are of several widths")
         return torch.cat(found)
@@ -281,36 +271,16 @@ class Store:
 
     def _between(self) -> dict[int, dict[str, list[str]]]:
         """Tokens that were not explained, by the row they stand at."""
-        found = {}
+        found: dict[int, dict[str, list[str]]] = {}
         for rows in self.shards:
             path = self.texts_path(rows)
             if path.is_file():
-                with _undamaged(path):
-                    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-                        around = json.loads(line)
-                        tokens = {k: list(map(str, around[k])) for k in ("before", "after")}
-                        found[int(around["row"])] = tokens
+                found |= read_around(path)
         return found
 
     def texts_path(self, rows: range) -> Path:
         """Where the tokens around a shard's rows are, if there are any."""
         return self.path / f"texts-{rows[0]:09d}-{rows[-1]:09d}.jsonl"
-
-
-@contextlib.contextmanager
-def _undamaged(path: Path) -> Iterator[None]:
-    """Says which file of a store is not what was written."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (KeyError, OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
-        if isinstance(error, NLAError):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise NLAError(
-            f"{path} is damaged ({reason}); remove it, and the same command makes it again"
-        ) from error
 
 
 @contextlib.contextmanager
