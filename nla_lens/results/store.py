@@ -28,7 +28,6 @@ from nla_lens.errors import NLAError
 from nla_lens.results.explanations import Explanations
 from nla_lens.results.page import document, to_page
 from nla_lens.results.rows import (
-    OWN,
     USER_TYPES,
     import_arrow,
     schema,
@@ -305,7 +304,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not all(is_int(manifest.get(k)) for k in ("n_rows", "n_documents")) or not (
         isinstance(manifest.get("columns"), dict)
         and all(kind in USER_TYPES for kind in manifest["columns"].values())
-        and not set(OWN) & set(manifest["columns"])
     ):
         raise NLAError(f"{path} does not say n_rows, n_documents and columns as a store does")
     return dict(manifest)
