@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,6 +103,13 @@ def test_descriptions_say_what_can_be_read_out_again(smol: SimpleNamespace) -> N
     assert describe.exercise(facts) == '"eggs" with three eggs'
     for wrong in ("", "eggs", 'The text goes on: "eggs"'):
         assert describe.last_said(wrong) is None and describe.kind_said(wrong) is None
+
+
+def test_a_larger_run_is_not_scored_on_more(smol: SimpleNamespace) -> None:
+    sizes = smol.sizes.Settings()
+    large, small = (smol.sizes.scaled(sizes, factor) for factor in (4, 0.5))
+    assert (large.av_samples, large.scored) == (4 * sizes.av_samples, sizes.scored)
+    assert (small.av_samples, small.scored) == (sizes.av_samples // 2, sizes.scored // 2)
 
 
 def test_words_that_can_be_topics(smol: SimpleNamespace) -> None:
@@ -304,8 +311,8 @@ def _greedy(
 def test_every_stage_by_its_command(
     smol: SimpleNamespace, source_dir: Callable[[str], Path], text_folder: Path, tmp_path: Path
 ) -> None:
-    def train(work: Path, *options: object) -> None:
-        command = [sys.executable, ROOT / "train.py", "--source", source_dir("llama")]
+    def train(work: Path, *options: object, by: Sequence[object] = ()) -> None:
+        command = [sys.executable, *by, ROOT / "train.py", "--source", source_dir("llama")]
         command += [
             "--text",
             text_folder,
@@ -331,6 +338,16 @@ def test_every_stage_by_its_command(
     ]
     for line in lines:
         assert {"mean direction", "gold", "fve", "permuted", "kind"} <= set(line)
+    # Two processes share the batches out, and one of them keeps what both learned.
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    (tmp_path / "av.pt").rename(tmp_path / "alone.pt")
+    train(tmp_path, "--stage", "av", by=torchrun)
+    alone, shared = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("alone", "av")
+    )
+    assert len(alone["losses"]) == len(shared["losses"])
+    assert alone["losses"][0] == pytest.approx(shared["losses"][0], rel=0.1)
+    train(tmp_path, "--stage", "export")
     # What was made is what the next run begins with.
     again = tmp_path / "again"
     train(again, "--stage", "vectors")

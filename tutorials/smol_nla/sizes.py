@@ -49,13 +49,13 @@ class Settings:
 
 
 def scaled(settings: Settings, factor: float) -> Settings:
-    """Returns settings with the sizes of all sets multiplied by a factor, at least a few each."""
-    names = (
-        "documents",
-        "held_documents",
-        "av_samples",
-        "ar_samples",
-        "refine_samples",
-        "scored",
+    """Returns settings with the sizes of all sets multiplied by a factor, at least a few each.
+
+    What a pair is scored on becomes smaller, but not larger.
+    """
+    trained = ("documents", "av_samples", "ar_samples", "refine_samples")
+    factors = dict.fromkeys(trained, factor)
+    factors |= dict.fromkeys(("held_documents", "scored"), min(1.0, factor))
+    return replace(
+        settings, **{n: max(24, int(getattr(settings, n) * f)) for n, f in factors.items()}
     )
-    return replace(settings, **{n: max(24, int(getattr(settings, n) * factor)) for n in names})

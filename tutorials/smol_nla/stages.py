@@ -145,6 +145,7 @@ def av(run: Run, stop: Callable[[int], bool] = lambda done: False) -> None:
 def refine(run: Run, stop: Callable[[int], bool] = lambda done: False) -> None:
     """Trains the reconstructor on what the verbalizer really writes, beside true descriptions."""
     _, kept = _kept_apart(run.samples()["train"])
+    kept = scoring.spread(kept, run.settings.refine_samples)
     path = run.work / "written.json"
     if not path.exists():
         export(run)

@@ -37,10 +37,11 @@ def main() -> None:
     if args.device == "cpu":
         torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:
-        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        logging.getLogger().setLevel(
-            logging.INFO if torch.distributed.get_rank() == 0 else logging.WARNING
-        )
+        if args.device != "cpu" or args.stage not in ("ar", "av"):
+            sys.exit("torchrun is for --stage ar and --stage av on processors")
+        torch.distributed.init_process_group("gloo")
+        is_first = torch.distributed.get_rank() == 0
+        logging.getLogger().setLevel(logging.INFO if is_first else logging.WARNING)
     args.work.mkdir(parents=True, exist_ok=True)
     given = {name: type(getattr(Settings, name))(value) for name, value in map(_pair, args.set)}
     settings = replace(scaled(Settings(), args.scale), **given)
