@@ -25,7 +25,9 @@ def test_a_smoke_run_writes_what_is_shipped(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr[-2000:]
     for half in ("source", "av", "av_norm_matched", "ar"):
         made = {f.name for f in (tmp_path / "made" / half).iterdir()}
-        assert made == {f.name for f in (SHIPPED / half).iterdir()}
+        # Fitted on a pair that is trained; its own test is in test_calibration.py.
+        shipped = {f.name for f in (SHIPPED / half).iterdir()}
+        assert made == shipped - {"nla_calibration.json"}
     for av in ("av", "av_norm_matched"):
         nla = NLA.from_pretrained(av=tmp_path / "made" / av, ar=tmp_path / "made" / "ar")
         shipped = NLA.from_pretrained(av=SHIPPED / av, ar=SHIPPED / "ar")

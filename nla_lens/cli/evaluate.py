@@ -9,12 +9,13 @@ import click
 
 from nla_lens.cli.options import halves_options, load_nla, loading_options
 from nla_lens.cli.output import print_json, print_table
+from nla_lens.cli.tables import read_table
 from nla_lens.errors import NLAError
 
 
 @click.command()
 @click.argument("files", nargs=-1)
-@click.option("--table", help="Instead of FILES: a table of explanations (parquet or JSON lines).")
+@click.option("--table", help="Instead of FILES: explanations (parquet, JSON lines, a store).")
 @click.option("--model", help="Source model: directory or hub repository; default: the NLA's own.")
 @click.option("--rows", help="Which rows, separated by commas; default: all.")
 @click.option("--budget", type=click.IntRange(min=1), help="Most vectors.")
@@ -50,7 +51,7 @@ def evaluate(
     if table is not None:
         if files:
             raise NLAError("--table is evaluated alone; leave FILES out")
-        report = run(table=_table(Path(table)), rows=named, seed=seed)
+        report = run(table=read_table(Path(table)), rows=named, seed=seed)
     else:
         if not files:
             raise NLAError("name FILES to evaluate on, or --table")
@@ -72,10 +73,3 @@ def evaluate(
         print_json(report.to_dict())
     else:
         print_table(report.to_table())
-
-
-def _table(path: Path) -> Any:
-    """A table from a file."""
-    from nla_lens.jobs.files import read_records
-
-    return read_records(path)

@@ -16,7 +16,17 @@ _GROUP: Final = "nla_lens.commands"
 _OWN: Final = [
     EntryPoint(name.replace("_", "-"), f"nla_lens.cli.{name}:{name}", _GROUP)
     for name in (
-        *("check", "compare", "evaluate", "examine", "explain", "explain_file", "info", "view"),
+        *(
+            "calibrate",
+            "check",
+            "compare",
+            "evaluate",
+            "examine",
+            "explain",
+            "explain_file",
+            "info",
+            "view",
+        ),
     )
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ from nla_lens.jobs.manifest import versions
 from nla_lens.nla import NLA
 from nla_lens.results.calibration import Calibration
 from nla_lens.results.evidence import FEATURES, SCORES, evidence
+from nla_lens.results.explanation import Explanation
 from nla_lens.results.explanations import Explanations
 from nla_lens.results.rows import to_explanation
 
@@ -84,7 +85,8 @@ def calibrate(
 
     Raises:
         NLAError: scikit-learn (extra `trust`) is missing; no labels, too few right or wrong ones,
-            or no documents to hold out. If it cannot be written, `error.calibration` holds it.
+            or no documents to hold out: what an NLA explained is then in `error.explanations`. If
+            it cannot be written, `error.calibration` holds it.
     """
     fitting.import_sklearn()
     nla = nla_or_table if isinstance(nla_or_table, NLA) else None
@@ -100,17 +102,19 @@ def calibrate(
         wishes = {"model": model, "positions": positions, "budget": budget, "context": context}
         wishes |= {"seed": seed, "progress": progress, "options": options}
         rows = _explained(nla, texts, store, support, wishes)
-    known = [(row, right) for row, right in zip(rows, labels_of(rows, labels), strict=True)
-             if right is not None]  # fmt: skip
-    found = _fitted([row for row, _ in known], np.asarray([r for _, r in known]), features, seed)
+    try:
+        right = labels_of(rows, labels)
+        found = _fitted(rows, right, features, seed)
+    except NLAError as error:
+        if nla is not None:
+            names = [f.name for f in fields(Explanation)]
+            found_so_far = (Explanation(**{name: row[name] for name in names}) for row in rows)
+            error.explanations = Explanations(found_so_far)
+        raise
     found = replace(
         found,
         nla=None if nla is None else nla.identity(),
-        fitted_on={
-            **found.fitted_on,
-            "labels": told(labels),
-            "unlabelled": len(rows) - len(known),
-        },
+        fitted_on={**found.fitted_on, "labels": told(labels), "unlabelled": right.count(None)},
     )
     _keep(found, nla, path)
     return found
@@ -144,7 +148,11 @@ def _explained(
     return rows
 
 
-def _fitted(rows: Sequence[Row], right_N: Any, features: Any, seed: int) -> Calibration:
+def _fitted(
+    everything: Sequence[Row], right: Sequence[bool | None], features: Any, seed: int
+) -> Calibration:
+    known = [i for i, label in enumerate(right) if label is not None]
+    rows, right_N = [everything[i] for i in known], np.asarray([bool(right[i]) for i in known])
     n_right = int(right_N.sum()) if len(rows) else 0
     if min(n_right, len(rows) - n_right) < fitting.LEAST_OF_EACH:
         raise NLAError(
@@ -152,8 +160,9 @@ def _fitted(rows: Sequence[Row], right_N: Any, features: Any, seed: int) -> Cali
             f"{fitting.LEAST_OF_EACH} of each are needed to learn what tells them apart"
         )
     columns = _columns(rows, features)
-    documents = [str(row.get("document", i)) for i, row in enumerate(rows)]
-    documents_N = np.unique(documents, return_inverse=True)[1]
+    documents_N = np.unique([_document(i, row) for i, row in enumerate(rows)], return_inverse=True)[
+        1
+    ]
     whole = fitting.held_out(columns, right_N, documents_N, seed)
     alone = {
         name: scores(fitting.held_out({name: columns[name]}, right_N, documents_N, seed), right_N)
@@ -176,6 +185,12 @@ def _fitted(rows: Sequence[Row], right_N: Any, features: Any, seed: int) -> Cali
         },
         held_out={**measure(whole, right_N, documents_N, seed), "alone": alone},
     )
+
+
+def _document(i: int, row: Row) -> str:
+    """What tells a row's document from others; of one that has none, the row itself."""
+    found = row.get("document")
+    return f"row {i}" if found is None or found != found else f"document {found}"
 
 
 def _columns(rows: Sequence[Row], features: Sequence[str] | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ fidelity to the vector, never truth.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from torch import Tensor
@@ -17,9 +17,10 @@ from nla_lens.errors import NLAError
 from nla_lens.nla import NLA
 from nla_lens.results.claim import Claim
 from nla_lens.results.display import to_html, to_table
+from nla_lens.results.evidence import said_again
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.metrics import score
-from nla_lens.results.sentences import folded, quoted_spans, quotes, sentences, stands_in
+from nla_lens.results.sentences import quoted_spans, quotes, sentences, stands_in
 from nla_lens.stream.extraction import encode, pick_positions, read_prompts
 from nla_lens.stream.vectors import check_vectors
 
@@ -114,7 +115,11 @@ def examine(
     samples = _samples(nla, vector_1D, num_samples, seed, options)
     claims = tuple(_claims(nla, explanation.text, vector_1D, context, samples))
     unit = "fve_nrm" if nla.spec.var_nrm is not None else "cos"
-    return Examination(explanation.with_claims(claims), samples, unit)
+    examined = explanation.with_claims(claims)
+    if nla.calibration is not None:
+        # It may look at the support of sentences, which is known only now.
+        examined = replace(examined, trust=nla.calibration.trust(examined))
+    return Examination(examined, samples, unit)
 
 
 def _read(nla: NLA, text: str, position: int, model: Any) -> tuple[Tensor, str]:
@@ -201,9 +206,4 @@ def _agreement(claim: Claim, samples: Sequence[str]) -> float | None:
         return None
     if claim.kind == "quote":
         return sum(stands_in(claim.text, sample) for sample in samples) / len(samples)
-    wanted = set(folded(claim.text).split())
-    overlaps = []
-    for sample in samples:
-        said = [set(folded(s).split()) for s in sentences(sample)]
-        overlaps.append(max((len(wanted & s) / len(wanted | s) for s in said), default=0.0))
-    return sum(overlaps) / len(overlaps)
+    return said_again(claim.text, samples)

@@ -129,7 +129,7 @@ def least_score(columns: Columns, right_N: Any) -> tuple[str, float] | None:
     isotonic = import_sklearn().isotonic.IsotonicRegression(out_of_bounds="clip")
     score_N, said_N = columns[name][known], right_N[known]
     share_N = isotonic.fit_transform(score_N, said_N)
-    if (share_N >= 0.5).all():
+    if (share_N < 0.5).sum() < LEAST_OF_EACH:
         return None
     # Half way to the first that is likelier right; beyond the last where none is.
     wrong = float(score_N[share_N < 0.5].max())

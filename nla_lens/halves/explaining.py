@@ -238,9 +238,8 @@ class _Finisher:
             scored = self._scored(drafts, [vector for vector in vectors for _ in range(k)])
         except (Exception, KeyboardInterrupt) as error:
             scored, failure = drafts, error
-        flagged = [self._flagged(e) for e in scored]
-        groups = (self._trusted(flagged[i : i + k]) for i in range(0, len(flagged), k))
-        return [_best(samples) for samples in groups], failure
+        flagged = self._trusted([self._flagged(e) for e in scored])
+        return [_best(flagged[i : i + k]) for i in range(0, len(flagged), k)], failure
 
     def _draft(self, answer: Answer, row: int) -> Explanation:
         return Explanation(
@@ -289,13 +288,15 @@ class _Finisher:
         least = None if self._calibration is None else self._calibration.least
         return replace(explanation, flags=find_flags(explanation, self._spec, least))
 
-    def _trusted(self, samples: list[Explanation]) -> list[Explanation]:
-        """One vector's samples, which speak for one another."""
+    def _trusted(self, drafts: list[Explanation]) -> list[Explanation]:
+        """The samples of each vector speak for one another."""
         if self._calibration is None:
-            return samples
-        beside = {"samples": samples} if len(samples) > 1 else {}
-        trusts = self._calibration.trust_all([{**vars(e), **beside} for e in samples])
-        return [replace(e, trust=trust) for e, trust in zip(samples, trusts, strict=True)]
+            return drafts
+        k = self._num_samples
+        beside = [drafts[i - i % k :][:k] if k > 1 else () for i in range(len(drafts))]
+        records = [{**vars(e), "samples": s} for e, s in zip(drafts, beside, strict=True)]
+        trusts = self._calibration.trust_all(records)
+        return [replace(e, trust=trust) for e, trust in zip(drafts, trusts, strict=True)]
 
 
 def _best(samples: list[Explanation]) -> Explanation:

@@ -126,13 +126,9 @@ def draw(calibration: Mapping[str, Any], folder: Path) -> list[Path]:
     axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
     axes.plot([p["trust"] for p in found], [p["right"] for p in found], "o-")
     for p in found:
-        axes.annotate(
-            f"{p['rows']:,.0f}",
-            (p["trust"], p["right"]),
-            xytext=(4, -10),
-            textcoords="offset points",
-            fontsize=7,
-        )
+        at, side = (p["trust"], p["right"]), "right" if p["trust"] > 0.9 else "left"
+        shift = {"xytext": (0, -12), "textcoords": "offset points"}
+        axes.annotate(f"{p['rows']:,.0f}", at, ha=side, fontsize=7, **shift)
     axes.set(xlabel="trust", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02))
     written.append(_saved(figure, folder / "reliability.png"))
     figure, axes = pyplot.subplots(figsize=(4, 3.6), layout="constrained")
