@@ -335,10 +335,13 @@ def test_parquet_holds_the_rows_of_a_store(nla: NLA, tmp_path: Path) -> None:
 
 def test_a_shard_is_loaded_without_what_failed(nla: NLA, tmp_path: Path) -> None:
     rows = [{"text": "It rains.", "trust": "mine"}, {"text": 3, "trust": "theirs"}]
-    store = explain_corpus(NLA.from_pretrained("tiny"), rows, tmp_path / "s", max_new_tokens=8)
+    tiny = NLA.from_pretrained("tiny")
+    store = explain_corpus(tiny, rows, tmp_path / "s", max_new_tokens=8)
     (shard,) = store.shards.values()
     loaded = Explanations.load(shard)
-    assert store.n_failed == 1 and loaded == store.explanations() and loaded[0].trust is None
+    assert store.n_failed == 1 and loaded == store.explanations()
+    assert tiny.calibration is not None
+    assert loaded[0].trust == tiny.calibration.trust(loaded[0])
 
 
 def test_parquet_of_something_else_or_damaged(tmp_path: Path) -> None:
