@@ -5,7 +5,7 @@
     python benchmarks/run.py --parts AV memory
 
 Ratios are between medians of one run, in which the ways that are compared take turns. What each
-column compares stands where it is measured: `verbalizing`, `reading`, `around`, `corpus`, `floor`.
+column compares stands where it is measured: `verbalizing`, `reading`, `around`, `stores`, `floor`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 import transformers
 from around import import_rows, probe_rows, streaming_rows
-from corpus import corpus_rows, growing_rows
 from floor import Machine
 from reading import extraction_rows, reconstruction_rows
 from rich.console import Console
 from rich.table import Table
+from stores import corpus_rows, growing_rows
 from subject import SHAPES, random_model
 from verbalizing import Row, verbalizing_rows
 

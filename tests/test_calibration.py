@@ -376,6 +376,15 @@ def test_what_is_not_known_is_no_number(rows: list[dict[str, Any]]) -> None:
     assert found.trust_all([{"text": "a", "fve_nrm": None}, {"text": "a"}]) == [None, None]
 
 
+def test_where_few_were_seen_trust_is_that_of_the_nearest() -> None:
+    """Scores far below the others, of which next to nothing was seen, are not trusted more."""
+    rows = table(1200)
+    rows += [{**row, "fve_nrm": -1.0 - i} for i, row in enumerate(rows[:2])]
+    curve = next(c for c in calibrate(rows, labels="label").curves if c.name == "fve_nrm")
+    far, near, middle = curve(np.asarray([-2.0, 0.3, 0.6]))
+    assert far < near + 0.5 < middle
+
+
 def test_where_low_fidelity_begins() -> None:
     rows = [
         {"text": "a b c", "fve_nrm": i / 200, "document": i, "label": i >= 80} for i in range(200)

@@ -50,18 +50,17 @@ def fit(columns: Columns, right_N: Any) -> Calibration:
     """
     at = {name: _points(values_N) for name, values_N in columns.items()}
     used = [name for name, points in at.items() if len(points) > 1]
-    pieces = [_hats(columns[name], at[name]) for name in used]
+    means = {name: _ramps(columns[name], at[name]).mean(0) for name in used}
+    pieces = [_piece(columns[name], at[name], means[name]) for name in used]
     model = import_sklearn().linear_model.LogisticRegression(C=1.0, max_iter=10_000)
     model.fit(np.concatenate(pieces, 1) if pieces else np.zeros((len(right_N), 1)), right_N)
     curves, place = [], 0
     for name, piece_NP in zip(used, pieces, strict=True):
         weights_P = model.coef_[0][place : place + piece_NP.shape[1]]
         place += piece_NP.shape[1]
-        adds = weights_P[: len(at[name])]
-        is_unknown = np.isnan(columns[name])
-        # Never unknown here, it adds on average what it adds where it is known.
-        unknown = weights_P[-1] if is_unknown.any() else (piece_NP @ weights_P).mean()
-        curves.append(Curve(name, _plain(at[name]), _plain(adds), _plain([unknown])[0]))
+        steps = weights_P[:-1]
+        adds = np.concatenate([[0.0], np.cumsum(steps)]) - means[name] @ steps
+        curves.append(Curve(name, _plain(at[name]), _plain(adds), _plain([weights_P[-1]])[0]))
     return Calibration(tuple(curves), _plain(model.intercept_)[0])
 
 
@@ -73,12 +72,24 @@ def _points(values_N: Any) -> Any:
     return np.unique(_plain(values))
 
 
-def _hats(values_N: Any, at_P: Any) -> np.ndarray[Any, Any]:
-    """`[n, p + 1]`: how near each value is to each point, and whether it is not known."""
-    known = np.where(np.isnan(values_N), at_P[0], values_N)
-    hats_NP = np.stack([np.interp(known, at_P, unit) for unit in np.eye(len(at_P))], 1)
-    unknown_N1 = np.isnan(values_N)[:, None]
-    return np.concatenate([hats_NP * ~unknown_N1, unknown_N1], 1)
+def _ramps(values_N: Any, at_P: Any) -> np.ndarray[Any, Any]:
+    """`[n, p - 1]`: how far each known value is on its way from each point to the next, 0 to 1."""
+    known_N1 = values_N[~np.isnan(values_N)][:, None]
+    return np.clip((known_N1 - at_P[:-1]) / np.diff(at_P), 0, 1)
+
+
+def _piece(values_N: Any, at_P: Any, mean_P: Any) -> np.ndarray[Any, Any]:
+    """`[n, p]`: ramps from their mean, and whether a value is not known.
+
+    The weight of a ramp is a curve's step. Steps are what is kept small: where few values lie, a
+    curve stays as it is nearby, as it would not if its height were; nothing is added by what is not
+    known, unless that tells something.
+    """
+    unknown_N = np.isnan(values_N)
+    piece_NP = np.zeros((len(values_N), len(at_P)))
+    piece_NP[~unknown_N, :-1] = _ramps(values_N, at_P) - mean_P
+    piece_NP[:, -1] = unknown_N
+    return piece_NP
 
 
 def _plain(values: Any) -> tuple[float, ...]:

@@ -59,10 +59,12 @@ def _drawn(
 
 @contextlib.contextmanager
 def _terminal() -> Iterator[Draw]:
+    from rich.console import Console
     from rich.live import Live
 
-    # Gone at the end, as whoever asked shows all of it.
-    with Live(transient=True, auto_refresh=False) as live:
+    # Gone at the end, as whoever asked shows all of it. rich's own console has the width of when it
+    # was first used.
+    with Live(console=Console(), transient=True, auto_refresh=False) as live:
         yield lambda shown: live.update(to_table(shown), refresh=True)
 
 
