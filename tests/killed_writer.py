@@ -44,6 +44,8 @@ def repair(path: Path) -> None:
 
 
 def create(path: Path) -> None:
+    # What the one before left holds a latent of another number.
+    path.unlink(missing_ok=True)
     for n in range(10**6):
         with FeatureStore.open(path, {"a": 1, "long": LONG}) as store:
             store.append(latent(n))
