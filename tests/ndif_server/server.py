@@ -148,6 +148,8 @@ class Server:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_OVERRIDE_RESOURCES": json.dumps(resources),
             "RAY_DISABLE_IMPORT_WARNING": "1",
+            # Else a token that another Ray left in the home directory is asked for, and not sent.
+            "RAY_AUTH_MODE": "disabled",
             # Ray's workers are nice, and would wait for whatever else the machine is doing.
             "RAY_worker_niceness": "0",
             "NDIF_HOME": str(self.home),
