@@ -62,7 +62,7 @@ test: .venv/.test  ## lint, check types and run the suite with transformer-lens 
 	echo "mypy:"; wait $$types; types=$$?; cat .venv/.types; exit $$((tests ? tests : types))
 
 test-slow: .venv/.test  ## the tests that take minutes: training the embedded NLA at a small scale
-	$(call pytest,.venv) -m slow
+	$(call pytest,.venv) -m slow --timeout 900
 
 test-courses: .venv-courses/.test  ## run the suite with transformer-lens 2.18 and transformers 4.57
 	$(call pytest,.venv-courses)
