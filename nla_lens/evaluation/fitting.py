@@ -50,16 +50,16 @@ def fit(columns: Columns, right_N: Any) -> Calibration:
     """
     at = {name: _points(values_N) for name, values_N in columns.items()}
     used = [name for name, points in at.items() if len(points) > 1]
-    means = {name: _ramps(columns[name], at[name]).mean(0) for name in used}
-    pieces = [_piece(columns[name], at[name], means[name]) for name in used]
+    made = [_piece(columns[name], at[name]) for name in used]
+    pieces = [piece_NP for piece_NP, _ in made]
     model = import_sklearn().linear_model.LogisticRegression(C=1.0, max_iter=10_000)
     model.fit(np.concatenate(pieces, 1) if pieces else np.zeros((len(right_N), 1)), right_N)
     curves, place = [], 0
-    for name, piece_NP in zip(used, pieces, strict=True):
+    for name, (piece_NP, mean_P) in zip(used, made, strict=True):
         weights_P = model.coef_[0][place : place + piece_NP.shape[1]]
         place += piece_NP.shape[1]
         steps = weights_P[:-1]
-        adds = np.concatenate([[0.0], np.cumsum(steps)]) - means[name] @ steps
+        adds = np.concatenate([[0.0], np.cumsum(steps)]) - mean_P @ steps
         curves.append(Curve(name, _plain(at[name]), _plain(adds), _plain([weights_P[-1]])[0]))
     return Calibration(tuple(curves), _plain(model.intercept_)[0])
 
@@ -78,8 +78,8 @@ def _ramps(values_N: Any, at_P: Any) -> np.ndarray[Any, Any]:
     return np.clip((known_N1 - at_P[:-1]) / np.diff(at_P), 0, 1)
 
 
-def _piece(values_N: Any, at_P: Any, mean_P: Any) -> np.ndarray[Any, Any]:
-    """`[n, p]`: ramps from their mean, and whether a value is not known.
+def _piece(values_N: Any, at_P: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """`[n, p]`: ramps from their mean, and whether a value is not known; beside it the means.
 
     The weight of a ramp is a curve's step. Steps are what is kept small: where few values lie, a
     curve stays as it is nearby, as it would not if its height were; nothing is added by what is not
@@ -87,9 +87,11 @@ def _piece(values_N: Any, at_P: Any, mean_P: Any) -> np.ndarray[Any, Any]:
     """
     unknown_N = np.isnan(values_N)
     piece_NP = np.zeros((len(values_N), len(at_P)))
-    piece_NP[~unknown_N, :-1] = _ramps(values_N, at_P) - mean_P
+    ramps_NP = _ramps(values_N, at_P)
+    mean_P = ramps_NP.mean(0)
+    piece_NP[~unknown_N, :-1] = ramps_NP - mean_P
     piece_NP[:, -1] = unknown_N
-    return piece_NP
+    return piece_NP, mean_P
 
 
 def _plain(values: Any) -> tuple[float, ...]:
