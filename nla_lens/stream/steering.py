@@ -15,6 +15,7 @@ import contextlib
 import math
 import threading
 import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,11 +72,23 @@ def steer(
         NLAError: A vector of another width, not finite or zero; no such block, or none known;
             positions, steps or a strength that are none; a model that is not in this process.
     """
-    return Steering(
-        model, vector, positions=positions, strength=strength, steps=steps, layer=layer, nla=nla
-    )
+    if not is_number(strength) or not math.isfinite(strength):
+        raise NLAError(f"strength={strength!r} must be a finite number")
+    check_wanted("positions", positions, from_end=True)
+    check_wanted("steps", steps, from_end=False)
+    if nla is not None:
+        check_nla(nla)
+    d_model, n_blocks = _size(model)
+    vector_D, place = _direction(vector, d_model), _place(vector, layer, nla)
+    if not 0 <= place.layer < n_blocks:
+        raise NLAError(
+            f"layer {place.layer} does not exist: this {type(model).__name__} has "
+            f"{n_blocks} blocks (0 to {n_blocks - 1})"
+        )
+    return Steering(model, place, vector_D, float(strength), positions, steps)
 
 
+@dataclass(eq=False, repr=False)
 class Steering:
     """See `steer`.
 
@@ -88,35 +101,13 @@ class Steering:
         steps: As asked for.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        vector: Any,
-        *,
-        positions: Wanted = -1,
-        strength: float = 1.0,
-        steps: Wanted = None,
-        layer: int | None = None,
-        nla: Explainer | None = None,
-    ) -> None:
-        """See `steer`."""
-        if not is_number(strength) or not math.isfinite(strength):
-            raise NLAError(f"strength={strength!r} must be a finite number")
-        check_wanted("positions", positions, from_end=True)
-        check_wanted("steps", steps, from_end=False)
-        if nla is not None:
-            check_nla(nla)
-        d_model, n_blocks = _size(model)
-        self.model, self.strength = model, float(strength)
-        self.positions, self.steps = positions, steps
-        self.vector_D = _direction(vector, d_model)
-        self.place = _place(vector, layer, nla)
-        if not 0 <= self.place.layer < n_blocks:
-            raise NLAError(
-                f"layer {self.place.layer} does not exist: this {type(model).__name__} has "
-                f"{n_blocks} blocks (0 to {n_blocks - 1})"
-            )
-        self._inside: list[tuple[int, _Steered]] = []
+    model: Any
+    place: ResidPost
+    vector_D: Tensor
+    strength: float
+    positions: Wanted
+    steps: Wanted
+    _inside: list[tuple[int, _Steered]] = field(default_factory=list, init=False)
 
     def __enter__(self) -> Steering:
         me = threading.get_ident()
