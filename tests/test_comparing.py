@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from nla_lens import (
     sweep,
 )
 from nla_lens.results.sentences import sentences
+
+from .tiny_world import tiny_world
 
 A = "Nora lives in Naples. The fox chased the dog out of the"
 B = "Nora lives in Oslo. The chef fried the garlic in the"
@@ -225,16 +226,6 @@ def test_what_was_trained_in_is_named(tiny: NLA) -> None:
     assert drift.control > 0.95 and 0.5 < drift.value < drift.control - 0.1
     assert drift.details["cos_of_residuals"] < 0.95
     assert drift.details["retrieval"]["own"] > 0.9
-
-
-def tiny_world() -> Any:
-    """What writes the documents of the embedded pair's world."""
-    folder = str(Path(__file__).parents[1] / "tutorials" / "tiny_nla")
-    sys.path.insert(0, folder)
-    try:
-        return __import__("corpus")
-    finally:
-        sys.path.remove(folder)
 
 
 # --- sweep ----------------------------------------------------------------------------------------

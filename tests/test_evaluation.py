@@ -7,7 +7,6 @@ import itertools
 import json
 import random
 import re
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from nla_lens.evaluation.evaluate import ROWS
 from nla_lens.evaluation.sample import Memory, Sample
 from nla_lens.models.block_reader import BlockReader
 from nla_lens.results.sentences import quotes, sentences, stands_in
+
+from .tiny_world import tiny_world
 
 DOCUMENTS = [
     f"{name} lives in {place}. {end}"
@@ -248,13 +249,8 @@ def test_evaluate_reconstructs_no_text_twice(tiny: NLA, monkeypatch) -> None:
 
 def world(seed: int, count: int) -> list[str]:
     """Documents of the embedded pair's world that no one trained on."""
-    folder = str(Path(__file__).parents[1] / "tutorials" / "tiny_nla")
-    sys.path.insert(0, folder)
-    try:
-        corpus = __import__("corpus")
-        return [d.text for d in corpus.documents(seed, count) if d.kind != "unfamiliar"]
-    finally:
-        sys.path.remove(folder)
+    documents = tiny_world().documents(seed, count)
+    return [document.text for document in documents if document.kind != "unfamiliar"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-norm-matched"])

@@ -21,6 +21,7 @@ from nla_lens.engines.served.server import KEY_VARIABLE, Served, Server, pick
 from nla_lens.errors import NLARemoteError
 
 from .checkpoints import build_av, vectors
+from .checkpoints import many_vectors as many
 from .checkpoints.configs import FAMILIES
 from .model_server import Answered, Handler, ModelServer
 
@@ -69,10 +70,6 @@ def load(pair_dirs: Callable[..., Pair]) -> Callable[..., NLA]:
         return nla
 
     return loaded
-
-
-def many(n: int) -> torch.Tensor:
-    return torch.cat([vectors(seed=seed) for seed in range(n // 6 + 1)])[:n]
 
 
 def ids(explanations: Any) -> list[list[int]]:

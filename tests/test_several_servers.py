@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from nla_lens import NLA, NLAError, explain_corpus, open_store
@@ -18,7 +17,7 @@ from nla_lens.engines.served.server import Server
 from nla_lens.engines.served.several import SeveralServers
 from nla_lens.errors import NLARemoteError
 
-from .checkpoints import vectors
+from .checkpoints import many_vectors as many
 from .model_server import Answered, Handler, ModelServer
 
 pytest.importorskip("httpx")
@@ -56,14 +55,6 @@ def load(pair_dirs: Callable[..., tuple[Path, Path]]) -> Callable[..., NLA]:
         return nla
 
     return loaded
-
-
-def many(n: int) -> torch.Tensor:
-    return torch.cat([vectors(seed=seed) for seed in range(n // 6 + 1)])[:n]
-
-
-def ids(explanations: Any) -> list[list[int]]:
-    return [e.token_ids for e in explanations]
 
 
 def asked(handler: Handler) -> Any:
@@ -304,5 +295,6 @@ def test_url_more_than_once_on_the_command_line(
     command += [word for server in servers for word in ("--url", server.url)]
     result = CliRunner().invoke(cli, [*command, "--max-new-tokens", "4"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert ids(open_store(tmp_path / "s").explanations()) == ids(nla.explain(many(40), **SHORT))
+    stored, here = open_store(tmp_path / "s").explanations(), nla.explain(many(40), **SHORT)
+    assert [e.token_ids for e in stored] == [e.token_ids for e in here]
     assert all(len(server.bodies) > 1 for server in servers)

@@ -10,7 +10,7 @@ from .configs import FAMILIES
 from .lora import build_lora_ar, build_lora_av
 from .sidecars import ABSENT, sidecar, write_sidecar
 from .texts import AR_TEMPLATE, AV_TEMPLATE, EXPLANATIONS, MARKERS
-from .weights import vectors
+from .weights import many_vectors, vectors
 
 __all__ = [
     "ABSENT",
@@ -25,6 +25,7 @@ __all__ = [
     "build_lora_av",
     "build_pair",
     "build_source",
+    "many_vectors",
     "reference",
     "sidecar",
     "vectors",

@@ -245,3 +245,8 @@ def vectors(d_model: int = 64, n: int = 6, seed: int = 0) -> torch.Tensor:
     directions = noise("vectors", (n, d_model), seed)
     norms = torch.logspace(-3, 4, n) if n > 1 else torch.ones(1)
     return directions / directions.norm(dim=-1, keepdim=True) * norms[:, None]
+
+
+def many_vectors(n: int) -> torch.Tensor:
+    """As many different ones `[n, 64]`, of all norms."""
+    return torch.cat([vectors(seed=seed) for seed in range(n // 6 + 1)])[:n]
