@@ -19,8 +19,8 @@ from .checkpoints import texts as prose
 ROOT = Path(__file__).parents[1] / "tutorials" / "smol_nla"
 LAYER = 3
 TEXTS = [
-    '"the". The text goes on: in the',
-    '"mill", in a story about barley. The text goes on: mill',
+    '"the". So far: in the',
+    '"mill" in a story about barley. So far: mill',
 ]
 
 
@@ -86,22 +86,19 @@ def test_descriptions_say_what_can_be_read_out_again(smol: SimpleNamespace) -> N
     describe = smol.describe
     facts = describe.Facts("eggs", "with three eggs", "manual", ("kitchen", "cooking"), "and")
     text = describe.description(facts)
-    assert text == (
-        '"eggs", in a manual about kitchen, cooking; next perhaps "and". '
-        "The text goes on: with three eggs"
-    )
+    assert text == '"eggs" in a manual about kitchen, cooking; next "and". So far: with three eggs'
     assert describe.last_said(text) == "eggs"
     assert describe.tail_said(text) == "with three eggs"
     assert describe.kind_said(text) == "manual"
     assert describe.topics_said(text) == ["kitchen", "cooking"]
     bare = describe.description(describe.Facts('"', 'so, "', "quotation"))
-    assert bare == '""", in a quotation. The text goes on: so, "'
+    assert bare == '""" in a quotation. So far: so, "'
     assert describe.last_said(bare) == '"' and describe.topics_said(bare) == []
     ending = describe.ending(facts)
     assert (describe.last_said(ending), describe.tail_said(ending)) == ("eggs", "with three eggs")
     assert describe.kind_said(ending) is None
     assert describe.exercise(facts) == '"eggs" with three eggs'
-    for wrong in ("", "eggs", 'The text goes on: "eggs"'):
+    for wrong in ("", "eggs", 'So far: "eggs"'):
         assert describe.last_said(wrong) is None and describe.kind_said(wrong) is None
 
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LAST = re.compile(r'^"(.*?)"(?:, in a |\. The text )', re.DOTALL)
-GOES_ON = "The text goes on: "
+LAST = re.compile(r'^"(.*?)"(?: in a |\. So far: )', re.DOTALL)
+SO_FAR = "So far: "
 _STOP_WORDS = (
     "about after also another because been before being between both could does each even every "
     "from have having here however into itself just like made make many more most much must never "
@@ -45,8 +45,8 @@ class Facts:
 def description(facts: Facts) -> str:
     """The whole description."""
     about = f" about {', '.join(facts.topics)}" if facts.topics else ""
-    then = f'; next perhaps "{facts.next_word}"' if facts.next_word else ""
-    return f'"{facts.last}", in a {facts.kind}{about}{then}. {GOES_ON}{facts.tail}'
+    then = f'; next "{facts.next_word}"' if facts.next_word else ""
+    return f'"{facts.last}" in a {facts.kind}{about}{then}. {SO_FAR}{facts.tail}'
 
 
 def exercise(facts: Facts) -> str:
@@ -56,7 +56,7 @@ def exercise(facts: Facts) -> str:
 
 def ending(facts: Facts) -> str:
     """A description without kind, topics and next word."""
-    return f'"{facts.last}". {GOES_ON}{facts.tail}'
+    return f'"{facts.last}". {SO_FAR}{facts.tail}'
 
 
 def last_said(text: str) -> str | None:
@@ -67,18 +67,18 @@ def last_said(text: str) -> str | None:
 
 def tail_said(text: str) -> str:
     """The last words as a description says them at its end; empty where it does not."""
-    return text.partition(GOES_ON)[2]
+    return text.partition(SO_FAR)[2]
 
 
 def kind_said(text: str) -> str | None:
     """The kind of text a description says; None where it says none."""
-    found = re.match(r'^".*?", in an? (\w+)', text, re.DOTALL)
+    found = re.match(r'^".*?" in a (\w+)', text, re.DOTALL)
     return found[1] if found else None
 
 
 def topics_said(text: str) -> list[str]:
     """The topic words a description says."""
-    found = re.match(r'^".*?", in a \w+ about ([\w, ]+?)(?:;|\. The text )', text, re.DOTALL)
+    found = re.match(r'^".*?" in a \w+ about ([\w, ]+?)(?:;|\. So far)', text, re.DOTALL)
     return found[1].split(", ") if found else []
 
 

@@ -36,7 +36,7 @@ def baselines(nla: NLA, sample: Sample, mean_D: torch.Tensor) -> dict[str, float
         mean_D: Mean of the normalised training vectors.
     """
     n = len(sample)
-    last = [f'"{f.last}". {describe.GOES_ON}{f.last}' for f in sample.facts]
+    last = [f'"{f.last}". {describe.SO_FAR}{f.last}' for f in sample.facts]
     texts = {
         "gold": [describe.description(f) for f in sample.facts],
         "gold, last words alone": [describe.ending(f) for f in sample.facts],

@@ -27,19 +27,19 @@ class Settings:
         scored: Vectors that are explained to score a pair.
     """
 
-    layer: int = 10
+    layer: int = 4
     min_position: int = 10
     max_tokens: int = 56
-    documents: int = 2500
+    documents: int = 3000
     held_documents: int = 120
-    per_document: int = 10
-    tail: int = 4
+    per_document: int = 14
+    tail: int = 3
     topic_words: int = 400
     rank: int = 16
-    av_samples: int = 10_000
-    ar_samples: int = 2_000
+    av_samples: int = 32_000
+    ar_samples: int = 6_000
     refine_samples: int = 3_000
-    short_share: float = 0.5
+    short_share: float = 0.4
     batch: int = 32
     av_rate: float = 1.5e-3
     ar_rate: float = 5e-4
