@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nla_lens
-from nla_lens import NLA, NLAError, NLAWarning
+from nla_lens import NLA, Explanations, NLAError, NLAWarning
+from nla_lens.adapters import sae
 
 from .checkpoints import build_ar, build_av, build_lora_ar, build_source, reference, write_sidecar
 from .checkpoints.sidecars import override
+from .test_explanation import one
 
 
 @pytest.fixture
@@ -42,6 +44,33 @@ def test_one_exception_that_is_a_value_error() -> None:
     assert NLAError("x").explanations is None and not NLAError("x").later
     copied = pickle.loads(pickle.dumps(NLAError("what was wrong")))
     assert str(copied) == "what was wrong"
+
+
+# --- what is no NLA -------------------------------------------------------------------------------
+
+VECTOR = torch.ones(64)
+WANTS_AN_NLA: dict[str, Callable[[object], object]] = {
+    "attach": lambda nla: nla_lens.attach(object(), nla),
+    "explain_corpus": lambda nla: nla_lens.explain_corpus(nla, ["a text"], "never-written"),
+    "evaluate": lambda nla: nla_lens.evaluate(nla, ["a text"]),
+    "examine": lambda nla: nla_lens.examine(nla, VECTOR),
+    "compare": lambda nla: nla_lens.compare(nla, VECTOR, -VECTOR),
+    "sweep": lambda nla: nla_lens.sweep("tiny", "a text", VECTOR, [1.0], nla=nla),
+    "explain_features": lambda nla: sae.explain_features(nla, "no-dictionary"),
+    "decompose": lambda nla: sae.decompose(nla, "no-dictionary", VECTOR),
+    "label_score": lambda nla: sae.label_score(nla, ["a text"], VECTOR[None]),
+    "run_with_nla": lambda nla: sae.run_with_nla(object(), "a text", nla),
+    "plot": lambda nla: Explanations([one(cos=0.5)]).plot(nla, VECTOR[None]),
+}
+
+
+@pytest.mark.parametrize("name", WANTS_AN_NLA)
+@pytest.mark.parametrize("wrong", ["tiny", 3, Path("tiny")])
+def test_what_is_no_nla_is_refused_everywhere(name: str, wrong: object) -> None:
+    """Its name most of all."""
+    with pytest.raises(NLAError, match=r"is not an NLA; load one first: NLA\.from_pretrained"):
+        WANTS_AN_NLA[name](wrong)
+    assert not Path("never-written").exists()
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from nla_lens import NLA, Explanation, NLAError, evaluate, examine, steer
+from nla_lens import NLA, Explanation, NLAError, evaluate, examine, extract, steer
 from nla_lens.evaluation import bootstrap
 from nla_lens.evaluation.evaluate import ROWS
 from nla_lens.evaluation.sample import Memory, Sample
-from nla_lens.models.block_reader import BlockReader
 from nla_lens.results.sentences import quotes, sentences, stands_in
 
 from .tiny_world import tiny_world
@@ -130,6 +129,20 @@ def test_fve_is_one_minus_mse_over_var(tiny: NLA, report: Any) -> None:
     )
 
 
+def test_no_constant_exceeds_the_direction_of_the_mean(tiny: NLA, report: Any) -> None:
+    """So its floor is about 0 only where one direction is in all vectors."""
+    residuals = extract(tiny.open_source().model, DOCUMENTS, tiny.spec.layer)
+    rows_ND = torch.cat([found[_spread(list(range(len(found)))[4:], 4)] for found in residuals])
+    units_ND = rows_ND / rows_ND.norm(dim=-1, keepdim=True)
+    m = units_ND.mean(0).norm().item()
+    wanted = 1 - 2 * (1 - m) / tiny.spec.var_nrm
+    floor = report["floor_constant"]
+    assert floor.details["best_direction"] == pytest.approx(wanted, abs=1e-4)
+    assert floor.value <= floor.details["best_direction"]
+    own_var = report["fve_nrm"].details["own_var_nrm"]
+    assert 1 - 2 * (1 - m) / own_var == pytest.approx(-(1 - m) / (1 + m), abs=1e-4)
+
+
 def len_of(nla: NLA, text: str) -> int:
     return len(nla.open_source().tokenizer(text)["input_ids"])
 
@@ -182,17 +195,13 @@ def test_a_whole_pair_is_let_through(name: str) -> None:
     assert fell_short(NLA.from_pretrained(name)) == set()
 
 
-def test_a_verbalizer_that_writes_a_constant(tiny: NLA, monkeypatch) -> None:
+def broken(fault: str) -> NLA:
+    return tiny_world("broken").BROKEN[fault]()
+
+
+def test_a_verbalizer_that_writes_a_constant() -> None:
     """Everything that asks whose text it is; the sentences themselves still carry something."""
-    original = type(tiny.verbalizer).answers
-    text = "It reads like a story. It ends with “the dog”. Next comes a full stop."
-
-    def constant(self: Any, *args: Any, **options: Any) -> Any:
-        for row, answer in original(self, *args, **{**options, "max_new_tokens": 1}):
-            yield row, dataclasses.replace(answer, text=text, complete=True)
-
-    monkeypatch.setattr(type(tiny.verbalizer), "answers", constant)
-    assert fell_short(tiny) >= {
+    assert fell_short(broken("verbalizer writes a constant")) >= {
         *("fve_nrm", "floor_constant", "floor_permuted", "floor_neighbour"),
         *("retrieval", "vagueness", "quotes", "splice"),
     }
@@ -200,22 +209,15 @@ def test_a_verbalizer_that_writes_a_constant(tiny: NLA, monkeypatch) -> None:
 
 def test_an_injection_one_position_off() -> None:
     """Fluent texts about something else: fidelity, quotations, and what they do in the model."""
-    off = NLA.from_pretrained("tiny")
-    verbalizer: Any = off.verbalizer
-    verbalizer._prompt = dataclasses.replace(
-        verbalizer._prompt, marker=verbalizer.marker_position + 1
-    )
-    caught = fell_short(off)
+    caught = fell_short(broken("injected one position off"))
     assert caught >= {"fve_nrm", "floor_last_token", "floor_neighbour", "quotes", "splice"}
     assert "support" not in caught
 
 
 def test_a_reconstructor_of_another_layer() -> None:
     """Its AV is whole: quotations stand, and only what goes through the AR falls."""
-    other = NLA.from_pretrained("tiny")
-    engine: Any = other.reconstructor.engine
-    engine.reader = BlockReader(engine.model, 1)
-    assert "fve_nrm" in (caught := fell_short(other)) and "quotes" not in caught
+    caught = fell_short(broken("reconstructor of another layer"))
+    assert "fve_nrm" in caught and "quotes" not in caught
 
 
 def test_a_vector_of_another_layer_is_seen(tiny: NLA) -> None:

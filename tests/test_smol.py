@@ -97,7 +97,6 @@ def test_descriptions_say_what_can_be_read_out_again(smol: SimpleNamespace) -> N
     ending = describe.ending(facts)
     assert (describe.last_said(ending), describe.tail_said(ending)) == ("eggs", "with three eggs")
     assert describe.kind_said(ending) is None
-    assert describe.exercise(facts) == '"eggs" with three eggs'
     for wrong in ("", "eggs", 'So far: "eggs"'):
         assert describe.last_said(wrong) is None and describe.kind_said(wrong) is None
 

@@ -1,4 +1,4 @@
-"""What writes the documents of the embedded pair's world: `tutorials/tiny_nla/corpus.py`."""
+"""Modules of `tutorials/tiny_nla`: what writes its documents, and what breaks the pair."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 FOLDER = Path(__file__).parents[1] / "tutorials" / "tiny_nla"
 
 
-def tiny_world() -> Any:
-    """The module; it imports its neighbours by name."""
+def tiny_world(name: str = "corpus") -> Any:
+    """A module; it imports its neighbours by name."""
     sys.path.insert(0, str(FOLDER))
     try:
-        return __import__("corpus")
+        return __import__(name)
     finally:
         sys.path.remove(str(FOLDER))

@@ -23,6 +23,7 @@ from nla_lens.foreign import harmless
 from nla_lens.nla import NLA
 from nla_lens.results import metrics
 from nla_lens.results.explanation import Explanation
+from nla_lens.stream.explainer import check_nla
 from nla_lens.stream.injection import norms, unit
 from nla_lens.stream.vectors import VectorsLike, check_vectors
 
@@ -171,6 +172,7 @@ def decompose(
         NLAError: Another width, a dictionary outside the residual stream, or a vector that cannot
             be explained.
     """
+    check_nla(nla)
     latents = Latents(opened(sae))
     flags = latents.place_flags(nla)
     if not is_int(top) or top < 1:

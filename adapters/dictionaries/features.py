@@ -36,6 +36,7 @@ from nla_lens.progress import with_progress
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.flags import OUTLIER_NORM
 from nla_lens.results.metrics import cosine
+from nla_lens.stream.explainer import check_nla
 from nla_lens.stream.injection import rescale, unit
 from nla_lens.stream.vectors import check_vectors
 
@@ -79,6 +80,7 @@ def explain_features(
         NLAError: No such latent, another width, a place outside the residual stream, an all-zero
             row, or a store made with something else.
     """
+    check_nla(nla)
     latents = Latents(opened(sae))
     place_flags = latents.place_flags(nla)
     chosen = range(latents.d_sae) if indices is None else check_indices(indices, latents.d_sae)
@@ -269,6 +271,7 @@ def label_score(
     Raises:
         NLAError: Not as many labels as rows, another width, or no reconstructor.
     """
+    check_nla(nla)
     batch = check_vectors(rows, nla.spec.d_model)
     rows_ND = batch.vectors_ND
     if len(texts) != len(rows_ND) or isinstance(texts, str):

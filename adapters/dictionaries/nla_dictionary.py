@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nla_lens.errors import NLAError
 from nla_lens.nla import NLA
+from nla_lens.stream.explainer import check_nla
 from nla_lens.stream.injection import norms, unit
 from nla_lens.stream.residual import ResidualTensor
 from nla_lens.stream.vectors import check_vectors
@@ -67,6 +68,7 @@ class NLADictionary:
         Raises:
             NLAError: There is no reconstructor, or nobody says which layer is read.
         """
+        check_nla(nla)
         if nla.reconstructor is None:
             raise NLAError("this NLA has no reconstructor; load one with ar=")
         if nla.spec.hook_name is None:

@@ -27,6 +27,7 @@ from nla_lens.nla import NLA
 from nla_lens.results import metrics
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.sentences import sentences
+from nla_lens.stream.explainer import check_nla
 from nla_lens.stream.extraction import Positions, encode, pick_positions, read_prompts
 from nla_lens.stream.residual import ResidualTensor
 from nla_lens.stream.vectors import VectorBatch, check_vectors
@@ -97,8 +98,7 @@ def _listed(explained: Explained) -> list[Explanation]:
 def _sides(sides: Sequence[Any]) -> tuple[NLA, Any, Any]:
     if len(sides) == 3:
         nla, a, b = sides
-        if not isinstance(nla, NLA):
-            raise NLAError(f"{nla!r:.80} is not an NLA; load one first: NLA.from_pretrained(...)")
+        check_nla(nla)
         return nla, a, b
     if len(sides) != 2:
         raise NLAError(f"compare takes an NLA and two sides, found {len(sides)} arguments")

@@ -14,6 +14,7 @@ from nla_lens.evaluation.report import Measure, Report
 from nla_lens.evaluation.sample import Sample
 from nla_lens.evaluation.table import evaluate_table
 from nla_lens.evaluation.taking import take
+from nla_lens.stream.explainer import check_nla
 
 _CHEAP: Final[dict[str, Callable[[Sample], Measure]]] = {
     "fve_nrm": fidelity.fve_nrm,
@@ -92,6 +93,7 @@ def evaluate(
         return evaluate_table(table, names, seed)
     if nla is None or texts is None:
         raise NLAError("evaluate needs an NLA and texts, or table= alone")
+    check_nla(nla)
     if nla.reconstructor is None:
         raise NLAError("without a reconstructor nothing can be measured; load one with ar=")
     wishes = {"model": model, "positions": positions, "budget": budget, "seed": seed}

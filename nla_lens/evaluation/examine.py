@@ -21,6 +21,7 @@ from nla_lens.results.evidence import said_again
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.metrics import score
 from nla_lens.results.sentences import quoted_spans, quotes, sentences, stands_in
+from nla_lens.stream.explainer import check_nla
 from nla_lens.stream.extraction import encode, pick_positions, read_prompts
 from nla_lens.stream.vectors import check_vectors
 
@@ -99,6 +100,7 @@ def examine(
     Raises:
         NLAError: No vector and no explanation, or no reconstructor.
     """
+    check_nla(nla)
     if nla.reconstructor is None:
         raise NLAError("without a reconstructor no sentence can be tested; load one with ar=")
     if isinstance(vector_or_explanation, str):

@@ -27,6 +27,7 @@ from nla_lens.halves.explaining import Options
 from nla_lens.models.ambient import undisturbed
 from nla_lens.nla import NLA
 from nla_lens.results.explanation import Explanation
+from nla_lens.stream.explainer import check_nla
 from nla_lens.stream.extraction import Text, encode, open_source, read_prompts
 from nla_lens.stream.hook_point import ResidPost
 from nla_lens.stream.patching import logits
@@ -83,6 +84,7 @@ def sweep(
     if not is_int(max_new_tokens) or max_new_tokens < 0:
         raise NLAError(f"max_new_tokens={max_new_tokens!r} must be 0 or more")
     if nla is not None:
+        check_nla(nla)
         nla.check_options(Options.of(options))
     edit = _edit(vector)
     if edit is not None:

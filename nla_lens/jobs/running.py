@@ -22,6 +22,7 @@ from nla_lens.nla import NLA
 from nla_lens.progress import with_progress
 from nla_lens.results.growing_store import GrowingStore
 from nla_lens.results.store import Store
+from nla_lens.stream.explainer import check_nla
 
 _ROWS_AT_ONCE: Final = 2048
 """Rows whose vectors are in memory: many shards, so that batches rarely run empty."""
@@ -71,6 +72,7 @@ def explain_corpus(
             job is writing there, or wrote with other settings (which, is said); or the engine
             failed on the way: then what was finished is in the store.
     """
+    check_nla(nla)
     job = Job.of(
         nla,
         source,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nla_lens.errors import NLAError
 from nla_lens.results.explanation import Explanation
+from nla_lens.stream.explainer import check_nla
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,6 +54,8 @@ def plot(explanations: Sequence[Explanation], nla: Any = None, vectors: Any = No
         raise NLAError("none of these explanations is scored; a reconstructor is needed for a plot")
     if (nla is None) != (vectors is None):
         raise NLAError("the control needs both nla= and vectors=")
+    if nla is not None:
+        check_nla(nla)
     control = None if nla is None else _control(explanations, nla, vectors)
     values = [getattr(e, name) for e in scored]
     figure, ((a, b), (c, d)) = import_pyplot().subplots(2, 2, figsize=(9, 6), layout="constrained")

@@ -49,13 +49,8 @@ def description(facts: Facts) -> str:
     return f'"{facts.last}" in a {facts.kind}{about}{then}. {SO_FAR}{facts.tail}'
 
 
-def exercise(facts: Facts) -> str:
-    """The last words alone, in few tokens: what a verbalizer learns to read first."""
-    return f'"{facts.last}" {facts.tail}'
-
-
 def ending(facts: Facts) -> str:
-    """A description without kind, topics and next word."""
+    """The last words alone: what a verbalizer learns to say first."""
     return f'"{facts.last}". {SO_FAR}{facts.tail}'
 
 

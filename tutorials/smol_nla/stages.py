@@ -132,7 +132,7 @@ def av(run: Run, stop: Callable[[int], bool] = lambda done: False) -> None:
     """Trains the verbalizer: first on the last words alone, then on whole descriptions."""
     sample, _ = _kept_apart(run.samples()["train"])
     tokenizer, settings = run.tokenizer(), run.settings
-    short = [answer_ids(tokenizer, describe.exercise(fact), closing="") for fact in sample.facts]
+    short = [answer_ids(tokenizer, describe.ending(fact), closing="") for fact in sample.facts]
     whole = [answer_ids(tokenizer, describe.description(fact)) for fact in sample.facts]
     first = int(settings.av_samples * settings.short_share)
     phases = [Phase(short, first), Phase(whole, settings.av_samples - first)]

@@ -81,12 +81,21 @@ def floor_empty(sample: Sample) -> Measure:
 
 
 def floor_constant(sample: Sample) -> Measure:
-    """Row 3: one text for all, the one of this sample that fits them best."""
-    mean_D = rescale(sample.vectors_ND, 1.0).mean(0, keepdim=True)
-    fits = cosine(sample.said_ND, mean_D.expand_as(sample.said_ND))
-    text = sample.texts[int(fits.argmax())]
+    """Row 3: one text for all, the one of this sample that fits them best.
+
+    `best_direction` is what no constant can exceed, as only directions count: that of the mean. By
+    the sample's own variance it is -(1 - m) / (1 + m), with m the length of the mean of the unit
+    vectors: about 0 where one direction is in all of them, below where they point apart.
+    """
+    mean_ND = rescale(sample.vectors_ND, 1.0).mean(0, keepdim=True).expand_as(sample.vectors_ND)
+    text = sample.texts[int(cosine(sample.said_ND, mean_ND).argmax())]
     return floor(
-        sample, "floor_constant", "one constant text", [text] * len(sample), text=text[:200]
+        sample,
+        "floor_constant",
+        "one constant text",
+        [text] * len(sample),
+        text=text[:200],
+        best_direction=sample.fve(mean_ND).value,
     )
 
 
