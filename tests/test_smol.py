@@ -65,7 +65,7 @@ def run(
 ) -> Callable[[], object]:
     """A run of a size for tests in a folder of its own, its vectors collected once."""
     sizes = {"layer": LAYER, "per_document": 4, "batch": 4, "rank": 4, "max_tokens": 40}
-    sizes |= {"av_samples": 24, "ar_samples": 24}
+    sizes |= {"av_samples": 24, "ar_samples": 24, "short_share": 0.5}
     settings = smol.sizes.replace(smol.sizes.scaled(smol.sizes.Settings(), 0.001), **sizes)
     made: list[Path] = []
 
