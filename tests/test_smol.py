@@ -19,8 +19,8 @@ from .checkpoints import texts as prose
 ROOT = Path(__file__).parents[1] / "tutorials" / "smol_nla"
 LAYER = 3
 TEXTS = [
-    '"the". So far: in the',
-    '"mill" in a story about barley. So far: mill',
+    '"the" after "in". So far: in the',
+    '"mill" after "" in a story about barley. So far: mill',
 ]
 
 
@@ -85,15 +85,20 @@ def run(
 
 def test_descriptions_say_what_can_be_read_out_again(smol: SimpleNamespace) -> None:
     describe = smol.describe
-    facts = describe.Facts("eggs", "with three eggs", "manual", ("kitchen", "cooking"), "and")
+    known = ("eggs", "three", "with three eggs", "manual", ("kitchen", "cooking"), "and")
+    facts = describe.Facts(*known)
     text = describe.description(facts)
-    assert text == '"eggs" in a manual about kitchen, cooking; next "and". So far: with three eggs'
+    assert text == (
+        '"eggs" after "three" in a manual about kitchen, cooking; next "and". '
+        "So far: with three eggs"
+    )
+    assert describe.before_said(text) == "three"
     assert describe.last_said(text) == "eggs"
     assert describe.tail_said(text) == "with three eggs"
     assert describe.kind_said(text) == "manual"
     assert describe.topics_said(text) == ["kitchen", "cooking"]
-    bare = describe.description(describe.Facts('"', 'so, "', "quotation"))
-    assert bare == '""" in a quotation. So far: so, "'
+    bare = describe.description(describe.Facts('"', ",", 'so, "', "quotation"))
+    assert bare == '""" after "," in a quotation. So far: so, "'
     assert describe.last_said(bare) == '"' and describe.topics_said(bare) == []
     ending = describe.ending(facts)
     assert (describe.last_said(ending), describe.tail_said(ending)) == ("eggs", "with three eggs")
@@ -174,7 +179,7 @@ def test_topics_are_what_the_text_says_and_the_vector_tells(smol: SimpleNamespac
             for w, s in zip(which, silent, strict=True)
         ]
     )
-    facts = [smol.describe.Facts("x", "x", "manual")] * n
+    facts = [smol.describe.Facts("x", "", "x", "manual")] * n
     prefixes = [f"the {words[w]} number" for w in which]
     numbers = [i // 2 for i in range(n)]
     sample = smol.residuals.Sample(vectors_ND, facts, prefixes, ["manual/a"] * n, numbers)

@@ -18,11 +18,12 @@ from nla_lens.checkpoints.folders import (
 )
 from nla_lens.checkpoints.hub import HubFolder
 from nla_lens.checkpoints.layout import join
-from nla_lens.checkpoints.releases import TINY_DIR, find_release
+from nla_lens.checkpoints.releases import SMOL_DIR, TINY_DIR, find_release
 from nla_lens.checkpoints.sidecar import SIDECAR_NAME
 from nla_lens.errors import NLAError
 
 _EMBEDDED: Final = {
+    "smol": (SMOL_DIR / "av", SMOL_DIR / "ar"),
     "tiny": (TINY_DIR / "av", TINY_DIR / "ar"),
     "tiny-norm-matched": (TINY_DIR / "av_norm_matched", TINY_DIR / "ar"),
 }

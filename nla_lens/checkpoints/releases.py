@@ -14,9 +14,37 @@ Rule: TypeAlias = Literal["replace", "norm_matched_add"]
 RULES: Final[tuple[Rule, ...]] = ("replace", "norm_matched_add")
 """The names of the injection rules; `stream.injection` has their arithmetic, and needs torch."""
 
-TINY_DIR: Final = Path(__file__).parent.parent / "tiny"
+_PACKAGE: Final = Path(__file__).parent.parent
+TINY_DIR: Final = _PACKAGE / "tiny"
+SMOL_DIR: Final = _PACKAGE / "smol"
+EMBEDDED_DIRS: Final = (TINY_DIR, SMOL_DIR)
+SMOL_SOURCE_NAME: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOL_SOURCE_DIR: Final = SMOL_DIR / "SmolLM2-135M-Instruct"
+"""Where `make smol` puts the source model of the pair "smol"; elsewhere it is the hub's."""
 TINY_SOURCE_NAME: Final = "nla_lens/tiny"
 """How the embedded sidecars name their source model; stands for `TINY_DIR / "source"`."""
+
+
+def source_here(name: str, half: Path) -> str:
+    """Where the source model of an embedded half lies on this machine; else its name.
+
+    The model in `SMOL_SOURCE_DIR` is rounded to four bits, so it stands for the hub's in the pair
+    that was trained on it, and in no other.
+
+    Args:
+        name: As the sidecar says it.
+        half: Folder of the half.
+    """
+    if name == TINY_SOURCE_NAME:
+        return str(TINY_DIR / "source")
+    is_smol = name == SMOL_SOURCE_NAME and half.resolve().is_relative_to(SMOL_DIR)
+    return str(SMOL_SOURCE_DIR) if is_smol and SMOL_SOURCE_DIR.is_dir() else name
+
+
+def source_elsewhere(place: str) -> str:
+    """The name that `source_here` has for a place; others stay as they are."""
+    names = {str(TINY_DIR / "source"): TINY_SOURCE_NAME, str(SMOL_SOURCE_DIR): SMOL_SOURCE_NAME}
+    return names.get(place, place)
 
 
 @dataclass(frozen=True)

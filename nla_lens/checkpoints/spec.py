@@ -18,7 +18,7 @@ from nla_lens.checkpoints.centre import mean_file
 from nla_lens.checkpoints.files import Checkpoint, open_checkpoint
 from nla_lens.checkpoints.names import name_halves
 from nla_lens.checkpoints.pairs import Bases, open_halves
-from nla_lens.checkpoints.releases import RULES, TINY_DIR, TINY_SOURCE_NAME, KnownRelease, Rule
+from nla_lens.checkpoints.releases import RULES, KnownRelease, Rule, source_here
 from nla_lens.checkpoints.section import SCALES
 from nla_lens.checkpoints.sidecar import Sidecar
 from nla_lens.checkpoints.statements import Sources, compare, find_known
@@ -152,8 +152,8 @@ def build_spec(
         "layer", ("caller" if layer is not None else "sidecar", said_layer), sources.known("layer")
     )
     source = settle("source_model", ("sidecar", side.source_model), sources.known("source_model"))
-    if source == TINY_SOURCE_NAME:
-        values["source_model"] = str(TINY_DIR / "source")
+    if source is not None:
+        values["source_model"] = source_here(source, av.path)
     rule = _settle_rule(injection, side, release, values, origins, av.name)
     _settle_scale(rule, injection_scale, side, sources, settle)
     _settle_mse_scale(d_model, side, ar_side, values, origins)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from nla_lens.checkpoints.releases import TINY_DIR, TINY_SOURCE_NAME
+from nla_lens.checkpoints.releases import source_elsewhere
 from nla_lens.checkpoints.sidecar import Role
 from nla_lens.checkpoints.spec import NLASpec
 
@@ -21,9 +21,7 @@ def sidecar_text(spec: NLASpec, role: Role | None) -> str:
 
 def sidecar_of(spec: NLASpec, role: Role | None) -> dict[str, Any]:
     """The same as a mapping; keys that say nothing are left out."""
-    source = spec.source_model
-    if source == str(TINY_DIR / "source"):
-        source = TINY_SOURCE_NAME
+    source = spec.source_model and source_elsewhere(spec.source_model)
     extraction = {
         "injection_rule": spec.injection,
         "injection_scale": spec.injection_scale,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nla_lens.checkpoints.files import Checkpoint
-from nla_lens.checkpoints.releases import TINY_DIR
+from nla_lens.checkpoints.releases import EMBEDDED_DIRS
 from nla_lens.errors import NLAError, NLAWarning
 from nla_lens.results.calibration import Calibration
 
@@ -92,5 +92,5 @@ class Calibrated:
 def _own_folder(av: Checkpoint) -> Path | None:
     """Where a verbalizer lies, if that is a directory that the caller named and may change."""
     named = Path(av.name).expanduser()
-    inside = named.resolve().is_relative_to(TINY_DIR)
+    inside = any(map(named.resolve().is_relative_to, EMBEDDED_DIRS))
     return av.path if named.is_dir() and not inside else None

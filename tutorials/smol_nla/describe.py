@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LAST = re.compile(r'^"(.*?)"(?: in a |\. So far: )', re.DOTALL)
+LAST = re.compile(r'^"(.*?)" after "(.*?)"(?: in a |\. So far: )', re.DOTALL)
 SO_FAR = "So far: "
 _STOP_WORDS = (
     "about after also another because been before being between both could does each even every "
@@ -29,6 +29,7 @@ class Facts:
 
     Attributes:
         last: Text of the token there.
+        before: Text of the token before it.
         tail: Text of the last few tokens up to it, the token included.
         kind: Kind of text.
         topics: Words of the text so far that the vector tells of.
@@ -36,6 +37,7 @@ class Facts:
     """
 
     last: str
+    before: str
     tail: str
     kind: str
     topics: tuple[str, ...] = ()
@@ -46,18 +48,25 @@ def description(facts: Facts) -> str:
     """The whole description."""
     about = f" about {', '.join(facts.topics)}" if facts.topics else ""
     then = f'; next "{facts.next_word}"' if facts.next_word else ""
-    return f'"{facts.last}" in a {facts.kind}{about}{then}. {SO_FAR}{facts.tail}'
+    what = f'"{facts.last}" after "{facts.before}"'
+    return f"{what} in a {facts.kind}{about}{then}. {SO_FAR}{facts.tail}"
 
 
 def ending(facts: Facts) -> str:
     """The last words alone: what a verbalizer learns to say first."""
-    return f'"{facts.last}". {SO_FAR}{facts.tail}'
+    return f'"{facts.last}" after "{facts.before}". {SO_FAR}{facts.tail}'
 
 
 def last_said(text: str) -> str | None:
     """The last token as a description says it at its beginning; None where it does not."""
     found = LAST.match(text)
     return found[1] if found else None
+
+
+def before_said(text: str) -> str | None:
+    """The token before the last as a description says it; None where it does not."""
+    found = LAST.match(text)
+    return found[2] if found else None
 
 
 def tail_said(text: str) -> str:

@@ -30,7 +30,8 @@ def write_half(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = network.lora.peft_config["default"]
-    config.base_model_name_or_path = HUB_NAME
+    # Beside the halves where it lies there, else the sidecar's.
+    config.base_model_name_or_path = f"../{HUB_NAME.rpartition('/')[2]}"
     config.inference_mode = True
     config.save_pretrained(str(folder))
     state = {name: tensor.bfloat16() for name, tensor in trained_state(network).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from describe import Facts, content_words, frequent
@@ -107,6 +107,7 @@ def collect(
             facts.append(
                 Facts(
                     last=tokenizer.decode(seen[-1:]).strip(),
+                    before=tokenizer.decode(seen[-2:-1]).strip(),
                     tail=tokenizer.decode(seen[-settings.tail :]).strip(),
                     kind=documents[i].kind,
                     next_word=tokenizer.decode([token]).strip() if sure else "",
@@ -196,8 +197,5 @@ def with_topics(train: Sample, others: Sequence[Sample], words: int) -> list[Sam
 
 
 def _with(sample: Sample, topics: Sequence[tuple[str, ...]]) -> Sample:
-    facts = [
-        Facts(fact.last, fact.tail, fact.kind, own, fact.next_word)
-        for fact, own in zip(sample.facts, topics, strict=True)
-    ]
+    facts = [replace(fact, topics=own) for fact, own in zip(sample.facts, topics, strict=True)]
     return Sample(sample.vectors_ND, facts, sample.prefixes, sample.sources, sample.documents)

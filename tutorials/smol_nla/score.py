@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import describe
 import torch
@@ -36,7 +37,7 @@ def baselines(nla: NLA, sample: Sample, mean_D: torch.Tensor) -> dict[str, float
         mean_D: Mean of the normalised training vectors.
     """
     n = len(sample)
-    last = [f'"{f.last}". {describe.SO_FAR}{f.last}' for f in sample.facts]
+    last = [describe.ending(replace(f, before="", tail=f.last)) for f in sample.facts]
     texts = {
         "gold": [describe.description(f) for f in sample.facts],
         "gold, last words alone": [describe.ending(f) for f in sample.facts],
@@ -64,6 +65,7 @@ def scores(nla: NLA, sample: Sample, texts: Sequence[str]) -> dict[str, float]:
     }
     pairs = list(zip(texts, sample.facts, strict=True))
     figures["last token said first"] = _share(describe.last_said(t) == f.last for t, f in pairs)
+    figures["token before it"] = _share(describe.before_said(t) == f.before for t, f in pairs)
     tails = [(describe.tail_said(t).split(), f.tail.split()) for t, f in pairs]
     for back, name in ((1, "last word"), (2, "second word back"), (3, "third word back")):
         figures[name] = _share(

@@ -36,10 +36,10 @@ class Settings:
     tail: int = 3
     topic_words: int = 400
     rank: int = 16
-    av_samples: int = 32_000
+    av_samples: int = 26_000
     ar_samples: int = 6_000
     refine_samples: int = 3_000
-    short_share: float = 0.4
+    short_share: float = 0.3
     batch: int = 32
     av_rate: float = 1.5e-3
     ar_rate: float = 5e-4
