@@ -33,7 +33,7 @@ TOKENIZERS_PARALLELISM ?= false
 PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
-.PHONY: help demo smol test test-slow test-courses test-sae-lens test-ndif test-vllm test-ray find-redis bench clean
+.PHONY: help demo smol test test-smol test-slow test-courses test-sae-lens test-ndif test-vllm test-ray find-redis bench clean
 .PHONY: test-browser find-chromium docs test-newest test-release constraints course
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -100,6 +100,9 @@ test-release: .venv/.test  ## build sdist and wheel, install the wheel in a fres
 # --strict, too.
 docs: .venv-docs/.docs  ## build the manual into site/, warnings as errors, links followed; needs no network
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+
+test-smol: .venv/.test smol  ## test the pair "smol" on its real source model
+	NLA_LENS_TEST_SMOL=1 HF_HUB_OFFLINE=1 .venv/bin/python -m pytest tests/smol_pair $(PYTEST_ARGS)
 
 test-ray: .venv-jobs/.test  ## test jobs on a real Ray cluster of two nodes on this machine
 	NLA_LENS_TEST_RAY=1 HF_HUB_OFFLINE=1 .venv-jobs/bin/python -m pytest tests/ray_jobs $(PYTEST_ARGS)

@@ -37,11 +37,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     """The tokenizer in a checkpoint directory or hub repository; an adapter's may be its base's."""
     from transformers import AutoTokenizer
 
-    base = adapter_base(path)
+    base, remedy = adapter_base(path), ""
     if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
-        path = base
+        path, remedy = base, f"; where {base} lies on this machine, pass base= with its directory"
 
-    with _clear_errors(path, "tokenizer"):
+    with _clear_errors(path, "tokenizer", remedy):
         check_tokenizer_config(path)
         built_from = find_small_file(path, "tokenizer.json")
         if built_from is not None:
@@ -221,7 +221,7 @@ def _frozen(model: Any) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _clear_errors(path: str | Path, what: str) -> Iterator[None]:
+def _clear_errors(path: str | Path, what: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except NLAError:
@@ -231,7 +231,7 @@ def _clear_errors(path: str | Path, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400]
         raise NLAError(
             f"the {what} of {path} cannot be loaded ({type(error).__name__}: {reason})"
-            f"{advice(path)}"
+            f"{advice(path)}{remedy}"
         ) from told(error)
 
 

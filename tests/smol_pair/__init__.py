@@ -1,0 +1,1 @@
+"""The pair "smol" on its real source model."""
