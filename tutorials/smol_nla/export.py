@@ -11,6 +11,10 @@ from safetensors.torch import save_file
 from sizes import Settings
 from smollm import HUB_NAME
 
+FIRST = 1
+"""First position that is not flagged. The very first token is a sink; those before the tenth are not
+trained on, and score as later ones do."""
+
 
 def write_half(
     folder: Path,
@@ -61,7 +65,7 @@ def sidecar(
             "injection_scale": figures["scale"],
             "mse_scale": round(d_model**0.5, 7),
             "var_nrm": figures["var"],
-            "min_position": settings.min_position,
+            "min_position": FIRST,
         },
         "tokens": {
             "injection_char": prompt.char,
