@@ -12,8 +12,8 @@ from sizes import Settings
 from smollm import HUB_NAME
 
 FIRST = 1
-"""First position that is not flagged. The very first token is a sink; those before the tenth are not
-trained on, and score as later ones do."""
+"""First position that is not flagged: the very first token is a sink. Those before the tenth are
+not trained on, and score as later ones do."""
 
 
 def write_half(
