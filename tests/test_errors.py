@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import nla_lens
 from nla_lens import NLA, Explanations, NLAError, NLAWarning
 from nla_lens.adapters import sae
+from nla_lens.checkpoints.releases import SMOL_DIR, SMOL_SOURCE_NAME
 
 from .checkpoints import build_ar, build_av, build_lora_ar, build_source, reference, write_sidecar
 from .checkpoints.sidecars import override
@@ -115,6 +116,16 @@ def test_what_cannot_be_fetched_names_the_repository_and_the_remedy() -> None:
         NLA.from_pretrained("someone/something")
     with pytest.raises(NLAError, match=r"someone/an-av cannot be fetched"):
         NLA.from_pretrained(av="someone/an-av")
+
+
+def test_adapters_whose_base_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves of "smol" without what `make smol` puts beside them, and without a network."""
+    pytest.importorskip("peft")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    for half in ("av", "ar"):
+        shutil.copytree(SMOL_DIR / half, tmp_path / "pair" / half)
+    with pytest.raises(NLAError, match=rf"{SMOL_SOURCE_NAME} .*name its directory .base="):
+        NLA.from_pretrained(tmp_path / "pair")
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:

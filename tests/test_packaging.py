@@ -399,6 +399,8 @@ def test_the_wheel_has_all_that_is_committed(wheel: set[str], committed: list[st
     assert adapters | package <= wheel
     assert "nla_lens/adapters/transformer_bridge.py" in wheel
     assert any(n.startswith("nla_lens/tiny/") and n.endswith(".safetensors") for n in wheel)
+    halves = {f"nla_lens/smol/{half}/adapter_model.safetensors" for half in ("av", "ar")}
+    assert halves <= set(wheel) and not any("SmolLM2" in name for name in wheel)
 
 
 def test_the_wheel_has_nothing_else(wheel: set[str]) -> None:

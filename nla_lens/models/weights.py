@@ -6,6 +6,7 @@ transformers is imported inside the functions, so that `import nla_lens` stays q
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,11 +38,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     """The tokenizer in a checkpoint directory or hub repository; an adapter's may be its base's."""
     from transformers import AutoTokenizer
 
-    base, remedy = adapter_base(path), ""
+    base = adapter_base(path)
     if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
-        path, remedy = base, f"; where {base} lies on this machine, pass base= with its directory"
+        path = base
 
-    with _clear_errors(path, "tokenizer", remedy):
+    with _clear_errors(path, "tokenizer"):
         check_tokenizer_config(path)
         built_from = find_small_file(path, "tokenizer.json")
         if built_from is not None:
@@ -221,7 +222,7 @@ def _frozen(model: Any) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _clear_errors(path: str | Path, what: str, remedy: str = "") -> Iterator[None]:
+def _clear_errors(path: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except NLAError:
@@ -231,8 +232,14 @@ def _clear_errors(path: str | Path, what: str, remedy: str = "") -> Iterator[Non
         reason = " ".join(str(error).split())[:400]
         raise NLAError(
             f"the {what} of {path} cannot be loaded ({type(error).__name__}: {reason})"
-            f"{advice(path)}{remedy}"
+            f"{advice(path)}{_elsewhere(path)}"
         ) from told(error)
+
+
+def _elsewhere(path: str | Path) -> str:
+    if os.path.isdir(path):
+        return ""
+    return "; where it lies on this machine, name its directory (base= of an adapter's halves)"
 
 
 @contextlib.contextmanager
