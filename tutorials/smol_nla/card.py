@@ -1,7 +1,7 @@
 """What the model card shows: ten sentences, and the table of `nla_lens.evaluate` beside tiny's.
 
-``python card.py --text DIR --out FOLDER`` writes ``sentences.md`` and ``table.md``: on documents of
-sources that were held out, and of a kind of text that was never trained on.
+``python card.py --text DIR --page MODEL_CARD.md`` writes both between the marks of the page: on
+documents of sources that were held out, and of a kind of text that was never trained on.
 """
 
 from __future__ import annotations
@@ -38,15 +38,13 @@ PLACES = (0.4, 0.7, 1.0)
 
 
 def main() -> None:
-    """Writes both files."""
+    """Writes both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="folder of texts, see texts.py")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--page", type=Path, required=True)
     parser.add_argument("--documents", type=int, default=40)
     args = parser.parse_args()
     nla = NLA.from_pretrained("smol")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "sentences.md").write_text(sentences(nla), encoding="utf-8")
     documents = texts.read(args.text)
     reports = {}
     for part, name in (("held", "smol, held-out sources"), ("unseen", "smol, licences")):
@@ -55,8 +53,9 @@ def main() -> None:
         reports[name] = evaluate(nla, own, positions=["from:10", "spread:4"])
     own = [document.text for document in corpus.documents(report.SEED, args.documents)]
     reports["tiny"] = evaluate(NLA.from_pretrained("tiny"), own, positions=report.POSITIONS)
-    table = report.measures_table(reports)
-    (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    page = args.page.read_text(encoding="utf-8")
+    page = report.between(page, "table", report.measures_table(reports))
+    args.page.write_text(report.between(page, "sentences", sentences(nla)), encoding="utf-8")
 
 
 def sentences(nla: NLA) -> str:
@@ -71,7 +70,7 @@ def sentences(nla: NLA) -> str:
             read = model.tokenizer.decode(ids[: place + 1])
             score = "" if explanation.fve_nrm is None else f"{explanation.fve_nrm:.2f}"
             lines.append([cell(read), cell(explanation.text), score])
-    return report.markdown(lines) + "\n"
+    return report.markdown(lines)
 
 
 def cell(text: str) -> str:
