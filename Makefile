@@ -32,6 +32,9 @@ OMP_NUM_THREADS ?= 1
 TOKENIZERS_PARALLELISM ?= false
 PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK
+# What Python compiles is kept: else each worker, and each process that a test starts, compiles the library
+# and the tests again.
+unexport PYTHONDONTWRITEBYTECODE
 
 SMOL = nla_lens/smol/SmolLM2-135M-Instruct
 .PHONY: help demo smol test test-smol test-slow test-courses test-sae-lens test-ndif test-vllm test-ray find-redis bench clean
@@ -65,14 +68,20 @@ test: .venv/.test  ## lint, check types and run the suite with transformer-lens 
 test-slow: .venv/.test  ## the tests that take minutes: training the embedded NLA at a small scale
 	$(call pytest,.venv) -m slow --timeout 900
 
+# Without what is about files, pages and HTTP alone: no release of transformers, TransformerLens, numpy or
+# pandas touches it.
 test-courses: .venv-courses/.test  ## run the suite with transformer-lens 2.18 and transformers 4.57
-	$(call pytest,.venv-courses)
+	$(call pytest,.venv-courses) $(IN_ONE_ENVIRONMENT:%=--ignore=tests/test_%.py)
+IN_ONE_ENVIRONMENT = benchmarks hostile_servers page rooms schema served server_doctor several_servers sidecar \
+	smol stores
 
-# Without what no release of sae-lens, TransformerLens or transformers touches: two environments run it.
+# What is about TransformerLens, sae-lens and, as transformers is the last release with another keyword for it, the
+# cache: nothing else is of another release there than in .venv.
 test-sae-lens: .venv-sae-lens/.test  ## run what models and dictionaries are in, with sae-lens and transformer-lens 3.9
-	$(call pytest,.venv-sae-lens) $(NOT_WITH_SAE_LENS:%=--ignore=tests/test_%.py)
-NOT_WITH_SAE_LENS = benchmarks calibration costs course docs fuzz hostile_files hostile_servers jobs manual \
-	packaging page rooms served server_doctor several_servers smol stores
+	$(call pytest,.venv-sae-lens) $(WITH_SAE_LENS:%=tests/test_%.py)
+WITH_SAE_LENS = block_reader comparing course decoding evaluation extract families family_halves fast_decoding \
+	hf_model live packaging processes sae sae_formats sae_hostile sae_hub self_check steering threads tiny \
+	transformer_lens transformer_lens_engine transformer_lens_hooks verbalizer
 
 # Resolved anew each time. Only torch is held, as each release brings gigabytes of CUDA packages:
 # `make test-newest TORCH=2.15.0` takes another one, `TORCH=` the newest.

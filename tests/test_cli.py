@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import torch
 
 import nla_lens
 from nla_lens import NLA
+from nla_lens.cli.command import Command
 from nla_lens.cli.main import cli, main
 from nla_lens.cli.options import parse_positions
 from nla_lens.results.explanation import Explanation
@@ -256,10 +258,17 @@ def test_check_reports_texts_that_are_all_chinese(run, pair: Path, monkeypatch) 
 # --- bad input ------------------------------------------------------------------------------------
 
 BAD = {
-    "an unknown command": (["explian", "x"], "explian"),
+    "an unknown command": (["explian", "x"], "did you mean explain?"),
+    "a text without a command": (["A letter."], 'nla-lens explain "A letter."'),
+    "no command like it": (["zzz"], "there are explain, explain-file, "),
     "an unknown option": (["explain", "x", "--nla", "PAIR", "--positons", "1"], "--positons"),
     "no text": (["explain"], "TEXT"),
     "two texts": (["explain", "x", "y"], "unexpected extra argument"),
+    "a text without quotes": (["explain", "A", "letter."], "a text goes in quotes"),
+    "an empty text": (["explain", " "], "TEXT is empty"),
+    "a file in place of a text": (["explain", "PAIR-av/config.json"], "nla-lens explain - < "),
+    "a text in place of a store": (["view", "PAIR-av/tokenizer.json"], "nla-lens explain-file "),
+    "a missing option": (["explain-file", "x.txt"], "; see nla-lens explain-file --help"),
     "an unknown pair": (["explain", "x", "--nla", "no/such-pair"], "no/such-pair"),
     "an unknown name": (["explain", "x", "--nla", "tinny"], "no checkpoint 'tinny"),
     "a path that is not there": (["info", "./not/there"], "not/there"),
@@ -365,6 +374,56 @@ def test_help(run, command: list[str], flag: str) -> None:
     assert "Usage: nla-lens" in got.out
     for option in ("--json", "--nla" if command == ["explain"] else "--help"):
         assert option in got.out or command not in (["explain"], ["info"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_of_help_are_taken(run, name: str) -> None:
+    """Each is on a line of its own, and its command understands it."""
+    context = click.Context(cli, info_name="nla-lens")
+    command = cli.get_command(context, name)
+    assert isinstance(command, Command) and command.examples
+    shown = run(name, "--help").out.splitlines()
+    for example in command.examples:
+        assert f"  {example}" in shown
+        _, named, *arguments = shlex.split(example.partition(" < ")[0])
+        assert named == name
+        assert command.make_context(name, arguments, context).params
+
+
+def test_what_commands_are_for_is_read_whole(run) -> None:
+    """In a terminal of 80 columns no line of the list is cut."""
+    listed = run("--help").out.partition("Commands:")[2].partition("Examples:")[0]
+    lines = listed.strip().splitlines()
+    assert len(lines) == len(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+    assert lines[0].split()[0] == "explain"
+
+
+def test_shared_options_stand_apart(run) -> None:
+    own, _, shared = run("explain", "--help").out.partition("Which NLA:")
+    assert "--positions" in own and "--nla" not in own
+    assert all(option in shared for option in ("--nla", "--engine", "--injection"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["explain", "x", "--nla", "PAIR", "--engine", "nnsight"],
+        ["explain", "x", "--nla", "PAIR", "--engine", "ndif"],
+        ["doctor", "PAIR"],
+    ],
+)
+def test_a_package_that_is_missing_is_named(run, pair: Path, monkeypatch, command) -> None:
+    """nnsight's own requirements are imported by our modules, too: none of them comes first."""
+    for name in ("nnsight", "greenlet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in [
+        name for name in sys.modules if re.match(r"nla_lens\.engines\..*(nns|ndif)", name)
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    got = run(*(a.replace("PAIR", str(pair)) for a in command))
+    assert (got.status, len(got.err.splitlines())) == (2, 1)
+    assert "pip install 'nla-lens[nnsight]'" in got.err
 
 
 @pytest.mark.parametrize("name", COMMANDS)

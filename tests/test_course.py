@@ -1,10 +1,13 @@
-"""The course: what is made of its sources is current; answers pass, stubs and mistakes do not."""
+"""The course: notebooks are those of their sources, and run; answers pass, mistakes do not."""
 
+import ast
 import importlib.util
+import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,25 +18,58 @@ from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
+from packaging.requirements import Requirement
 
-from .test_tutorials import TUTORIALS, can_run_here, kernel  # noqa: F401
-
+TUTORIALS = Path(__file__).parents[1] / "tutorials"
+NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 COURSE = TUTORIALS / "course"
 SOURCES = sorted(COURSE.glob("[0-9][0-9]_*.py"))
 EACH = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 TITLE = re.compile(r'@check\("([^"]+)"\)')
+
+
+def requirements(path: Path) -> list[Requirement]:
+    """What a notebook's metadata says it needs, for instance `transformer-lens>=3.9`."""
+    metadata = nbformat.read(path, as_version=4).metadata
+    return [Requirement(line) for line in metadata.get("requires", [])]
+
+
+def can_run_here(path: Path) -> bool:
+    try:
+        return all(
+            r.specifier.contains(version(r.name), prereleases=True) for r in requirements(path)
+        )
+    except PackageNotFoundError:
+        return False
+
+
+# 10 to 20 seconds, and no framework's release shows in them.
+TAKE_LONG = {"05_is_it_true", "07_injection_from_scratch"}
 # A notebook that takes minutes says so in a line of its source.
 RUNNABLE = [
     pytest.param(
         source,
         id=source.stem,
         marks=[pytest.mark.slow, pytest.mark.timeout(900)]
-        if re.search(r"^# slow\b", source.read_text(encoding="utf-8"), re.MULTILINE)
+        if source.stem in TAKE_LONG
+        or re.search(r"^# slow\b", source.read_text(encoding="utf-8"), re.MULTILINE)
         else [],
     )
     for source in SOURCES
     if can_run_here(TUTORIALS / f"{source.stem}.ipynb")
 ]
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelManager]:
+    """One kernel for all notebooks: to import torch takes longer than to run one of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("PYTHONWARNINGS", "ignore")
+        manager = KernelManager(kernel_name="python3")
+        manager.start_kernel(cwd=str(TUTORIALS))
+        yield manager
+        manager.shutdown_kernel(now=True)
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +131,29 @@ def test_its_form(source: Path, build: Any) -> None:
         assert "SOLUTION" not in build.answer(solution) + build.stub(solution)
 
 
+@EACH
+def test_nothing_stands_on_an_answer_but_tests(source: Path, build: Any) -> None:
+    """So a notebook goes on below a stub, and runs as it does with the answer."""
+    answers: set[str] = set()
+    for cell in build.parse(source):
+        if cell.cell_type != "code":
+            continue
+        kind, body = build.tag(cell), ast.parse(cell.source).body
+        if kind == "solution":
+            assert all(isinstance(node, ast.FunctionDef) for node in body)
+            answers |= {node.name for node in body}  # type: ignore[attr-defined]
+        elif kind == "test":
+            body = [node for node in body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        if kind in ("", "test"):
+            used = {n.id for node in body for n in ast.walk(node) if isinstance(n, ast.Name)}
+            assert used.isdisjoint(answers), used & answers
+
+
 def steps(source: Path, build: Any) -> Iterator[tuple[str, str]]:
-    """What to run, with what its test must say: "to do", "not yet", "passed"; "" for the rest."""
+    """What to run, with what its test must say: "to do", "not yet", "passed"; "" for the rest.
+
+    Without mistakes and answers it is the notebook as it is given out, from top to bottom.
+    """
     solution, wrong = "", []
     for cell in build.parse(source):
         kind = build.tag(cell)
@@ -104,15 +161,14 @@ def steps(source: Path, build: Any) -> Iterator[tuple[str, str]]:
             continue
         if kind == "solution":
             solution, wrong = cell.source, []
-            # What follows may stand on it before its test is run.
-            yield build.answer(solution), ""
+            yield build.stub(solution), ""
         elif kind == "wrong":
             wrong.append(cell.source)
         elif kind == "test":
             assert wrong, f"no usual mistake is tried in {TITLE.search(cell.source)}"
+            yield cell.source, "to do"
             for mistake in wrong:
                 yield f"{mistake}\n\n\n{cell.source}", "not yet"
-            yield f"{build.stub(solution)}\n\n\n{cell.source}", "to do"
             yield f"{build.answer(solution)}\n\n\n{cell.source}", "passed"
         else:
             yield cell.source, ""
@@ -120,20 +176,43 @@ def steps(source: Path, build: Any) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("source", RUNNABLE)
 def test_stubs_and_mistakes_fail_and_answers_pass(
-    source: Path,
-    build: Any,
-    kernel: KernelManager,  # noqa: F811
+    source: Path, build: Any, kernel: KernelManager
 ) -> None:
     code, expected = zip(*steps(source, build), strict=True)
     begin = build.solved(source).cells[1].source
     # What an earlier notebook named is gone, its modules too.
     book = new_notebook(cells=[new_code_cell(text) for text in ("%reset -f", begin, *code)])
     NotebookClient(book, km=kernel, timeout=600).execute()
+    shown = 0
     for cell, verdict in zip(book.cells[2:], expected, strict=True):
         printed = build.printed_by(cell)
         if verdict:
             title = TITLE.search(cell.source)[1]  # type: ignore[index]
             assert f"{title}: {verdict}" in printed, f"{cell.source}\n\n{printed}"
+        outputs = cell.get("outputs", [])
+        assert not [output for output in outputs if output.output_type == "error"]
+        if verdict in ("", "to do"):
+            shown += len(outputs)
+    assert shown >= 3, "a tutorial shows something"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_stored_without_outputs(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
+
+
+def test_only_what_needs_sae_lens_is_left_to_another_environment() -> None:
+    """With the newest tools, so that no notebook is passed over by a misspelt requirement."""
+    if version("transformer-lens").startswith("4."):
+        for path in NOTEBOOKS:
+            needed = {r.name for r in requirements(path)}
+            assert can_run_here(path) or "sae-lens" in needed, (path.stem, needed)
+
+
+def test_there_are_tutorials() -> None:
+    assert "01_read_a_residual_stream" in {p.stem for p in NOTEBOOKS}
+    assert os.access(TUTORIALS / "demo.py", os.R_OK)
 
 
 @EACH

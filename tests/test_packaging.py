@@ -368,6 +368,33 @@ def test_the_path_check_catches_paths(text: str, caught: bool) -> None:
     assert bool(MACHINE_PATH.search(text)) is caught
 
 
+def test_every_environment_runs_what_is_about_it() -> None:
+    """Files that the Makefile leaves out of an environment do not name what is other there."""
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    named = {
+        path.stem.removeprefix("test_"): path.read_text(encoding="utf-8")
+        for path in (REPO / "tests").glob("test_*.py")
+    }
+
+    def listed(variable: str) -> set[str]:
+        (names,) = re.findall(rf"^{variable} = (.+)$", makefile, re.MULTILINE)
+        return set(names.split())
+
+    left_out, taken = listed("IN_ONE_ENVIRONMENT"), listed("WITH_SAE_LENS")
+    assert left_out | taken <= set(named)
+    lenses = {name for name, text in named.items() if re.search(r"transformer_lens|sae_lens", text)}
+    assert lenses - taken == set()
+    assert lenses & left_out == set()
+
+    def pinned(name: str) -> dict[str, str]:
+        lines = (REPO / "constraints" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        return dict(line.split("==", 1) for line in lines if "==" in line and ";" not in line)
+
+    here, there = pinned("current"), pinned("sae-lens")
+    other = {name for name in here.keys() & there.keys() if here[name] != there[name]}
+    assert other == {"transformer-lens"}, "more has to run there, see WITH_SAE_LENS"
+
+
 # --- what is shipped ----------------------------------------------------------------------------
 
 

@@ -6,12 +6,20 @@ from typing import Any
 
 import click
 
+from nla_lens.cli.command import Command
 from nla_lens.cli.options import halves_options, load_nla, loading_options_beside_another
 from nla_lens.cli.output import print_json, print_table
 from nla_lens.errors import NLAError
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Say in words what latents of a dictionary stand for.",
+    examples=[
+        "nla-lens features my-sae --latents 7560,12",
+        "nla-lens features owner/name --latents 0:64 --out latents.jsonl",
+    ],
+)
 @click.argument("sae")
 @click.option("--latents", help='Which: "7560", "7560,12", "0:64"; default: all.')
 @click.option("--subfolder", "sae_subfolder", help="Which dictionary, where SAE has several.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from nla_lens.cli.command import Command
 from nla_lens.cli.options import halves_options, load_nla, loading_options
 from nla_lens.cli.output import print_json
 from nla_lens.cli.tables import read_table
@@ -14,7 +15,14 @@ from nla_lens.errors import NLAError
 from nla_lens.results.calibration import calibration_path
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Learn from known errors how far to trust others.",
+    examples=[
+        "nla-lens calibrate texts/*.txt --nla my-checkpoint",
+        "nla-lens calibrate --table rated.parquet --label right --out my-checkpoint-av",
+    ],
+)
 @click.argument("files", nargs=-1)
 @click.option(
     "--table",
@@ -66,10 +74,6 @@ def calibrate(
     AUROC, ECE and Brier are measured on documents that were held out, beside length, cos and
     fve_nrm alone. What is learned is written to nla_calibration.json (--out): loaded with the
     checkpoint it lies beside, it gives every explanation its `trust`.
-
-    \b
-    nla-lens calibrate texts/*.txt --nla MY-CHECKPOINT
-    nla-lens calibrate --table explanations.parquet --label right --out MY-CHECKPOINT-av
     """
     from nla_lens.evaluation.calibrate import calibrate as run
     from nla_lens.evaluation.labels import QUOTES

@@ -7,11 +7,20 @@ from typing import Any
 
 import click
 
+from nla_lens.cli.command import Command
 from nla_lens.cli.options import load_nla, loading_options
 from nla_lens.cli.output import Finding, print_findings
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Verify that CHECKPOINT reads what is injected.",
+    examples=[
+        "nla-lens check",
+        "nla-lens check my-checkpoint --vectors 32",
+        "nla-lens check my-checkpoint --schema",
+    ],
+)
 @click.argument("checkpoint", required=False)
 @click.option("--ar", help="Reconstructor, where CHECKPOINT is a verbalizer alone.")
 @click.option(

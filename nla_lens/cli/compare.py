@@ -6,13 +6,22 @@ from typing import Any
 
 import click
 
+from nla_lens.cli.command import Command
 from nla_lens.cli.options import halves_options, load_nla, loading_options, parse_positions
 from nla_lens.cli.output import print_json, print_table
 from nla_lens.cli.stored import is_stored, read_stored
 from nla_lens.errors import NLAError
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Say what tells two texts, or two residuals, apart.",
+    takes_text=True,
+    examples=[
+        'nla-lens compare "Nora lives in Naples." "The fox chased the dog."',
+        "nla-lens compare notes other-notes --row-a 3 --row-b 5",
+    ],
+)
 @click.argument("a")
 @click.argument("b")
 @click.option(

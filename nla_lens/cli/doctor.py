@@ -14,6 +14,7 @@ from typing import Any, Final, TypeAlias
 
 import click
 
+from nla_lens.cli.command import Command
 from nla_lens.cli.output import Finding, print_findings
 from nla_lens.errors import NLAError
 from nla_lens.foreign import scrub
@@ -24,7 +25,14 @@ _Model: TypeAlias = tuple[str, str | None]
 """Repository or directory, and revision: the server has each revision as a model of its own."""
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Say whether CHECKPOINT could run on a server.",
+    examples=[
+        "nla-lens doctor kitft/Llama-3.3-70B-NLA-L53",
+        "nla-lens doctor my-checkpoint --engine vllm --url http://localhost:8000",
+    ],
+)
 @click.argument("checkpoint", default="tiny")
 @click.option("--ar", help="Reconstructor, where CHECKPOINT is a verbalizer alone.")
 @click.option(
@@ -92,7 +100,7 @@ def examine(
         return examine_server(checkpoint, engine=engine, url=url, **wishes)
     if url is not None:
         raise NLAError(f"url= has no meaning with engine={engine!r}, only with vllm and sglang")
-    from nla_lens.engines.local.nnsight import import_nnsight
+    from nla_lens.engines.local.nnsight_package import import_nnsight
 
     if not is_remote(engine) or engine.endswith(":local"):
         raise NLAError(f"engine={engine!r} needs no server; the doctor looks at ndif, vllm, sglang")

@@ -7,13 +7,21 @@ from typing import Any
 
 import click
 
+from nla_lens.cli.command import Command
 from nla_lens.cli.options import halves_options, load_nla, loading_options
 from nla_lens.cli.output import print_json, print_table
 from nla_lens.cli.tables import read_table
 from nla_lens.errors import NLAError
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Measure an NLA on FILES, each measure with its control.",
+    examples=[
+        "nla-lens evaluate texts/*.txt --budget 200",
+        "nla-lens evaluate --table explanations.parquet --rows fve_nrm,retrieval",
+    ],
+)
 @click.argument("files", nargs=-1)
 @click.option("--table", help="Instead of FILES: explanations (parquet, JSON lines, a store).")
 @click.option("--model", help="Source model: directory or hub repository; default: the NLA's own.")

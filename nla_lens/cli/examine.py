@@ -6,12 +6,21 @@ from typing import Any
 
 import click
 
+from nla_lens.cli.command import Command
 from nla_lens.cli.options import halves_options, load_nla, loading_options
 from nla_lens.cli.output import print_json, print_table
 from nla_lens.cli.stored import is_stored, read_stored
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Say what speaks for each sentence of an explanation.",
+    takes_text=True,
+    examples=[
+        'nla-lens examine "Nora lives in Naples." --position 4',
+        "nla-lens examine notes --row 12",
+    ],
+)
 @click.argument("source")
 @click.option("--position", default=-1, show_default=True, help="Of a text: which token.")
 @click.option("--row", default=0, show_default=True, help="Of a store or file: which row.")

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from nla_lens.cli.command import Command
 from nla_lens.cli.options import halves_options, load_nla, loading_options, parse_positions
 from nla_lens.cli.output import print_json, print_table
 from nla_lens.errors import NLAError
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Say what a model holds at each token of TEXT.",
+    takes_text=True,
+    examples=[
+        'nla-lens explain "Nora lives in Naples."',
+        'nla-lens explain "Nora lives in Naples." --positions -1 --json',
+        'nla-lens explain "Nora lives in" --generate 3 --html nora.html',
+        "nla-lens explain - < story.txt",
+    ],
+)
 @click.argument("text")
 @click.option(
     "--positions",
@@ -52,6 +64,13 @@ def explain(
     """
     from nla_lens.results.display import to_table
 
+    if not text.strip():
+        raise NLAError('TEXT is empty; give a sentence in quotes, or "-" to read standard input')
+    if os.path.isfile(text):
+        raise NLAError(
+            f"{text!r} is a file here, and TEXT is explained as it stands: "
+            f"`nla-lens explain - < {text}` reads it, explain-file many of them"
+        )
     if html and not Path(html).absolute().parent.is_dir():
         raise NLAError(f"--html {html!r}: there is no such folder")
     if text == "-":

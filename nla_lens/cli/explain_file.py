@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nla_lens.cli.command import Command
 from nla_lens.cli.options import halves_options, load_nla, loading, loading_options
 from nla_lens.errors import NLAError
 from nla_lens.plugins import load_plugin
@@ -21,7 +22,16 @@ _SAMPLED_ROWS = 16
 """Rows that --dry-run explains, to tell how long all of them would take."""
 
 
-@click.command("explain-file")
+@click.command(
+    "explain-file",
+    cls=Command,
+    short_help="Explain FILES into a store; goes on where it stopped.",
+    examples=[
+        "nla-lens explain-file notes.txt --out notes",
+        "nla-lens explain-file texts/ --out texts-store --positions last --dry-run",
+        "nla-lens explain-file chats.jsonl --out chats --positions assistant --limit 100",
+    ],
+)
 @click.argument("files", nargs=-1, required=True)
 @click.option("--out", required=True, help="The store's folder; an unfinished one is gone on with.")
 @click.option(

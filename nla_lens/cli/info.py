@@ -8,6 +8,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from nla_lens.cli.command import Command
 from nla_lens.cli.options import spec_options
 from nla_lens.cli.output import print_json, print_table
 from nla_lens.errors import NLAError
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
     from nla_lens.checkpoints.spec import NLASpec
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Say what CHECKPOINT is; loads no weights.",
+    examples=[
+        "nla-lens info",
+        "nla-lens info kitft/nla-qwen2.5-7b-L20 --json",
+    ],
+)
 @click.argument("checkpoint", default="tiny")
 @click.option("--ar", help="Reconstructor, where CHECKPOINT is a verbalizer alone.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")

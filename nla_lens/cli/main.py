@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final
 
 import click
 
+from nla_lens.cli.command import usage_hint, write_examples
 from nla_lens.errors import NLAError
 from nla_lens.foreign import harmless
 from nla_lens.plugins import load_plugin
@@ -16,26 +18,49 @@ _GROUP: Final = "nla_lens.commands"
 _OWN: Final = [
     EntryPoint(name.replace("_", "-"), f"nla_lens.cli.{name}:{name}", _GROUP)
     for name in (
-        *(
-            "calibrate",
-            "check",
-            "compare",
-            "evaluate",
-            "examine",
-            "explain",
-            "explain_file",
-            "info",
-            "view",
-        ),
+        "explain",
+        "explain_file",
+        "view",
+        "examine",
+        "compare",
+        "evaluate",
+        "calibrate",
+        "info",
+        "check",
     )
 ]
+
+_EXAMPLES: Final = (
+    'nla-lens explain "Nora lives in Naples."',
+    "nla-lens explain-file notes.txt --out notes",
+    "nla-lens view notes --open",
+)
 
 
 class _Commands(click.Group):
     """The commands here, and those of adapters: entry points of the group `nla_lens.commands`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_known())
+        return list(_known())
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], known, 1)
+            remedy = (
+                f'a text is explained by: nla-lens explain "{args[0]}"'
+                if " " in args[0]
+                else f"did you mean {near[0]}?"
+                if near
+                else f"there are {', '.join(known)}"
+            )
+            raise NLAError(f"there is no command {args[0]!r}; {remedy}")
+        return super().resolve_command(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_examples(_EXAMPLES, formatter)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         entry = _known().get(cmd_name)
@@ -60,13 +85,19 @@ class _Unusable(click.Command):
 
 
 def _known() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in (*entry_points(group=_GROUP), *_OWN)}
+    """In the order in which one meets them; those of other packages come last, and hide none."""
+    added = sorted(entry_points(group=_GROUP), key=lambda entry: entry.name)
+    own = {entry.name: entry for entry in _OWN}
+    return own | {entry.name: entry for entry in added if entry.name not in own}
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="nla-lens")
 def cli() -> None:
-    """Read a model's residual stream in words, with a number that says how far to trust them."""
+    """Read a model's residual stream in words, with a number that says how far to trust each line.
+
+    An NLA of a small model is included, so that everything works offline.
+    """
 
 
 def main() -> None:
@@ -80,6 +111,8 @@ def main() -> None:
         _fail("interrupted", 130)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except click.UsageError as error:
+        _fail(f"{error.format_message().rstrip('.')}{usage_hint(error)}", error.exit_code)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (NLAError, OSError) as error:

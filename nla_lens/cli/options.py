@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
 
+from nla_lens.cli.command import SharedOption
 from nla_lens.errors import NLAError
+from nla_lens.foreign import harmless
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -28,54 +31,90 @@ class JsonObject(click.ParamType):
         return found
 
 
+def _shared(section: str, *flags: str, **extra: Any) -> Any:
+    return click.option(*flags, cls=SharedOption, section=section, **extra)
+
+
+_WHICH = "Which NLA"
+_WHERE = "Where it runs"
+_UNSAID = "What its nla_meta.yaml does not say"
+
+
 def _subfolder(flag: str) -> Any:
-    return click.option(flag, "subfolder", help="The folder in what names the NLA.")
+    return _shared(_WHICH, flag, "subfolder", help="The folder in the repository that --nla names.")
 
 
 _SUBFOLDER = _subfolder("--subfolder")
 _HALVES = [
-    click.option(
+    _shared(
+        _WHICH,
         "--nla",
         "name",
-        help="Embedded pair, pair's stem on the hub or on disk, or a verbalizer; default: tiny.",
+        help="tiny (included), a pair on the hub (its name without -av or -ar), a directory, or a "
+        "verbalizer alone; default: tiny.",
     ),
-    click.option("--av", help="Verbalizer: directory or hub repository, instead of --nla."),
-    click.option("--ar", help="Reconstructor: directory or hub repository."),
+    _shared(
+        _WHICH,
+        "--av",
+        help="Verbalizer (vector to text): directory or hub repository, instead of --nla.",
+    ),
+    _shared(
+        _WHICH, "--ar", help="Reconstructor (text to vector, for the scores), where it has another."
+    ),
 ]
 _SPEC = [
-    click.option(
+    _shared(
+        _UNSAID,
         "--injection",
         type=click.Choice(["replace", "norm_matched_add"]),
-        help="The rule, where neither sidecar nor known release says it.",
+        help="How vectors enter the verbalizer; never guessed.",
     ),
-    click.option("--injection-scale", type=float, help="The norm vectors are injected at."),
-    click.option("--layer", type=int, help="K, where neither sidecar nor known release says it."),
+    _shared(
+        _UNSAID, "--injection-scale", type=float, help="With replace: the norm that vectors get."
+    ),
+    _shared(
+        _UNSAID, "--layer", type=int, help="The block, from 0, whose output it was trained on."
+    ),
     _SUBFOLDER,
-    click.option("--base", help="What LoRA halves go onto, instead of what they name."),
-    click.option(
+    _shared(
+        _UNSAID, "--base", help="The model that LoRA halves go onto, instead of what they name."
+    ),
+    _shared(
+        _UNSAID,
         "--chat-template-kwargs",
         type=JsonObject(),
         help="""What the chat template is given besides, as in '{"enable_thinking": false}'.""",
     ),
 ]
 _LOADING = [
-    click.option("--dtype", help="float32, bfloat16 or float16; default: what config.json says."),
-    click.option("--device", help="cpu, cuda, cuda:1, mps; default: cpu."),
-    click.option("--device-map", help='"auto" spreads a large model over the devices there are.'),
-    click.option("--revision", help="Branch, tag or commit on the hub."),
+    _shared(_WHICH, "--revision", help="Branch, tag or commit on the hub."),
     *_SPEC,
-    click.option(
+    _shared(
+        _WHERE,
         "--engine",
         default="transformers",
         show_default=True,
-        help="Where the halves run: transformers, transformer_lens, nnsight, ndif, vllm, sglang.",
+        help="transformers, transformer_lens or nnsight, here; ndif, vllm or sglang, on a server.",
     ),
-    click.option(
+    _shared(
+        _WHERE,
         "--url",
         multiple=True,
         help="The vLLM or SGLang server: http://HOST:PORT; more than once: spread over several.",
     ),
-    click.option("--trust-remote-code", is_flag=True, help="Run Python code from the checkpoint."),
+    _shared(_WHERE, "--device", help="cpu, cuda, cuda:1, mps; default: cpu."),
+    _shared(
+        _WHERE, "--device-map", help='"auto" spreads a large model over the devices there are.'
+    ),
+    _shared(
+        _WHERE, "--dtype", help="float32, bfloat16 or float16; default: what config.json says."
+    ),
+    _shared(
+        _WHERE,
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run Python code from the checkpoint, which may do anything.",
+    ),
 ]
 
 
@@ -104,6 +143,8 @@ loading_options_beside_another = with_options(
 
 def load_nla(*, name: str | None, av: str | None, url: Sequence[str] = (), **options: Any) -> Any:
     """The NLA that the options of `halves_options` and `loading_options` name."""
+    if sys.stderr.isatty():
+        click.echo(f"loading {harmless(name or av or 'tiny')}", err=True)
     from nla_lens.nla import NLA
 
     return NLA.from_pretrained(**loading(name=name, av=av, url=url, **options))

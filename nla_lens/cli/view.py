@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nla_lens.cli.command import Command
 from nla_lens.errors import NLAError
 
 if TYPE_CHECKING:
     from nla_lens.results.store import Store
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Make a page to look at what explain-file wrote.",
+    examples=[
+        "nla-lens view notes",
+        "nla-lens view notes --serve --open",
+        "nla-lens view explanations.jsonl --out page.html",
+    ],
+)
 @click.argument("source")
 @click.option("--out", help="The page's file; default: SOURCE's name with .html, in this folder.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N documents.")
@@ -61,4 +70,9 @@ def _write(path: Path, target: Path, limit: int | None) -> Path:
         return _store(path).to_html(target, limit=limit)
     from nla_lens.results.explanations import Explanations
 
-    return Explanations.load(path).to_html(target)
+    try:
+        found = Explanations.load(path)
+    except NLAError as error:
+        remedy = f"; of a text, make a store first: nla-lens explain-file {path} --out STORE"
+        raise NLAError(f"{error}{remedy}") from error
+    return found.to_html(target)

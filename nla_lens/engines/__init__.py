@@ -148,7 +148,13 @@ def _module_name(engine: str) -> str:
 
 
 def _module(engine: str) -> Any:
-    return importlib.import_module(_module_name(engine))
+    """An engine's module; what it needs and is not there is named first."""
+    name = _module_name(engine)
+    if is_remote(engine) or engine == "nnsight":
+        from nla_lens.engines.local.nnsight_package import import_nnsight
+
+        import_nnsight()
+    return importlib.import_module(name)
 
 
 def _named(engine: str) -> dict[str, str]:

@@ -56,7 +56,7 @@ class Measure:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     columns: ClassVar[Sequence[Column]] = (
-        Column("measure", "text", lambda m: m.name),
+        Column("measure", "name", lambda m: m.name),
         Column("what", "text", lambda m: m.title),
         Column("value", "plain", lambda m: _spelled(m.value)),
         Column("95 %", "plain", lambda m: _between(m)),

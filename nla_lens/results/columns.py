@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-Kind: TypeAlias = Literal["place", "token", "text", "plain", "number", "score", "flags", "verdict"]
+Kind: TypeAlias = Literal[
+    "place", "token", "name", "text", "plain", "number", "score", "flags", "verdict"
+]
 """How a value is set: a token keeps its blanks and shows its line breaks, a score has a colour."""
 
 

@@ -35,6 +35,7 @@ def to_table(records: Sequence[Any], *, title: str | None = None) -> Table:
 _SET: Final[dict[Kind, dict[str, Any]]] = {
     "place": {"justify": "right", "style": "dim"},
     "token": {"style": "bold cyan", "no_wrap": True},
+    "name": {"no_wrap": True},
     "text": {"ratio": 1, "overflow": "fold"},
     "plain": {},
     "verdict": {},

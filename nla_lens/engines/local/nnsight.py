@@ -17,12 +17,12 @@ from torch import Tensor
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import Job
+from nla_lens.engines.local.nnsight_package import import_nnsight
 from nla_lens.engines.local.nnsight_streaming import streamed
 from nla_lens.engines.local.nnsight_threads import let_threads
 from nla_lens.engines.local.nnsight_traces import PLAIN, Injection, Places, forced, generate, read
 from nla_lens.engines.local.self_check import Script, check_decoding
 from nla_lens.engines.local.transformers import adapter_blocks
-from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import width_of
 from nla_lens.models.batching import choose_batch_size, length_batches
 from nla_lens.models.passes import current_pass
@@ -89,25 +89,6 @@ class _Half:
         vars(self).update(state, model=_wrapped(*state["model"]))
         let_threads(self.model)
         forget_hooks(self.model._module)
-
-
-def import_nnsight() -> Any:
-    """The nnsight package.
-
-    Raises:
-        NLAError: It is not installed, or too old.
-    """
-    try:
-        import nnsight
-    except ImportError as error:
-        raise NLAError(
-            "the engines 'nnsight' and 'ndif' need nnsight 0.8: pip install 'nla-lens[nnsight]'"
-        ) from error
-    if not hasattr(nnsight, "TransformersModel"):
-        raise NLAError(
-            f"nnsight {nnsight.__version__} has no TransformersModel: pip install 'nnsight>=0.8'"
-        )
-    return nnsight
 
 
 class NNsightVerbalizer(_Half):

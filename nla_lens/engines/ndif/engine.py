@@ -24,7 +24,8 @@ from torch import Tensor
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import Job
-from nla_lens.engines.local.nnsight import NNsightReconstructor, NNsightVerbalizer, import_nnsight
+from nla_lens.engines.local.nnsight import NNsightReconstructor, NNsightVerbalizer
+from nla_lens.engines.local.nnsight_package import import_nnsight
 from nla_lens.engines.local.nnsight_threads import let_threads
 from nla_lens.engines.ndif.server import Server
 from nla_lens.errors import NLAError
