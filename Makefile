@@ -108,6 +108,7 @@ test-release: .venv/.test  ## build sdist and wheel, install the wheel in a fres
 # --strict, too.
 docs: .venv-docs/.docs  ## build the manual into site/, warnings as errors, links followed; needs no network
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+	@echo "site/index.html can be read as it is; with its search: $(PYTHON) -m http.server -d site"
 
 test-ray: .venv-jobs/.test  ## test jobs on a real Ray cluster of two nodes on this machine
 	NLA_LENS_TEST_RAY=1 HF_HUB_OFFLINE=1 .venv-jobs/bin/python -m pytest tests/ray_jobs $(PYTEST_ARGS)
