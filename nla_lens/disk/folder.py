@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from nla_lens.checks import to_path
 from nla_lens.disk.writing import writing
 from nla_lens.errors import NLAError
 
@@ -36,7 +37,7 @@ def write_folder(
     Raises:
         NLAError: Something else is there, or it cannot be written; what was there before still is.
     """
-    path = Path(os.path.abspath(os.path.expanduser(directory)))
+    path = Path(os.path.abspath(to_path(directory)))
     _check_free(path, ours, overwrite)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
