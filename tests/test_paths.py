@@ -69,7 +69,7 @@ USES: dict[str, Callable[[NLA, Any], Any]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("bad", [3, b"name", ["name"], Named(b"name"), Named(3)])
+@pytest.mark.parametrize("bad", [3, "", b"name", ["name"], Named(b"name"), Named(3)])
 def test_what_is_no_path_is_named(
     use: str, bad: Any, tiny: NLA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,3 +126,26 @@ def test_a_store_where_none_can_be(
         with pytest.raises(NLAError):
             USES[use](tiny, name)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "load",
+        "Explanations.load",
+        "Calibration.load",
+        "open_store",
+        "store",
+        "out",
+        "load_dictionary",
+        "from_pretrained",
+        "extract",
+        "save_pretrained",
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".json", ".parquet", ".safetensors"])
+def test_a_pipe_is_not_waited_for(use: str, suffix: str, tiny: NLA, tmp_path: Path) -> None:
+    """Whether a file of results is parquet was looked up by opening it, pipe or not."""
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    with pytest.raises(NLAError):
+        USES[use](tiny, tmp_path / f"pipe{suffix}")

@@ -190,11 +190,19 @@ def _names(root: Path) -> Iterator[str]:
                 seen += 1
                 if seen > _MOST_LOOKED_AT:
                     return
-                if entry.is_dir(follow_symlinks=folder == root):
+                if _is_folder(entry, follow=folder == root):
                     below.append(Path(entry.path))
                 else:
                     yield Path(entry.path).relative_to(root).as_posix()
         level = below
+
+
+def _is_folder(entry: os.DirEntry[str], *, follow: bool) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=follow)
+    except OSError:
+        # A link that leads to itself.
+        return False
 
 
 def opened(sae: Any) -> Any:

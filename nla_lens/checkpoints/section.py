@@ -25,7 +25,7 @@ _ELSEWHERE: Final = re.compile(
     r"loss|grad|reward|advantage|lora|entropy|optim|train|data|(^|_)(kl|lr|ppo|grpo|head)($|_)",
     re.IGNORECASE,
 )
-_LEADING_ZERO: Final = re.compile(r"\s*[-+]?0\d")
+_LEADING_ZERO: Final = re.compile(r"\s*[-+]?0[\d_]")
 _NOTHING: Final = (None, False, 0, "", "none", "None", "null", "identity", "raw", "off", "false")
 
 

@@ -7,7 +7,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection
+import tempfile
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,23 @@ def write_folder(
             shutil.rmtree(made, ignore_errors=True)
             raise
     return path
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for a while, gone afterwards.
+
+    Raises:
+        NLAError: None can be made.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix="nla-lens-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise NLAError(
+            f"no temporary folder can be made ({error}); set TMPDIR to one that can be written"
+        ) from error
+    with made as folder:
+        yield Path(folder)
 
 
 def _check_free(path: Path, ours: Collection[str], overwrite: bool) -> None:

@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import yaml
 
@@ -44,13 +44,8 @@ def read_bytes(
         NLAError: Missing, a directory, pipe or device, or too large.
     """
     try:
-        # A pipe without a writer would be waited for otherwise.
-        opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(opened, "rb") as file:
-            found = os.fstat(opened)
-            if not stat.S_ISREG(found.st_mode):
-                raise NLAError(f"{path} cannot be read: it is no regular file")
-            size = found.st_size
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             content = file.read(size + 1) if size <= most_bytes else b""
     except (OSError, ValueError) as error:
         if isinstance(error, NLAError):
@@ -62,6 +57,21 @@ def read_bytes(
             f"{path} has {max(size, len(content))} bytes; {what} has at most {most_bytes}"
         )
     return content
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Opens a regular file to read it; links are followed.
+
+    Raises:
+        NLAError: A directory, pipe or device.
+        OSError: It cannot be opened.
+    """
+    # A pipe without a writer would be waited for otherwise.
+    opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise NLAError(f"{path} cannot be read: it is no regular file")
+    return os.fdopen(opened, "rb")
 
 
 def read_json(path: str | Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:

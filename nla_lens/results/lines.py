@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
-from nla_lens.disk.reading import read_bytes
+from nla_lens.disk.reading import open_regular, read_bytes
 from nla_lens.disk.writing import make_folder, only_writer, write_whole, writing
 from nla_lens.errors import NLAError
 from nla_lens.foreign import to_json
@@ -208,7 +208,7 @@ def _size_of_whole_lines(file: int) -> int:
 
 def _is_only_begun(path: Path, form: Format) -> bool:
     """Whether a file has no whole line, and what is there is a part of such a header."""
-    with writing(path), path.open("rb") as file:
+    with writing(path), open_regular(path) as file:
         found = file.read(1 << 20)
     if b"\n" in found:
         return False
@@ -219,7 +219,7 @@ def _is_only_begun(path: Path, form: Format) -> bool:
 
 def _check_header(path: Path, form: Format) -> None:
     """Raises an NLAError if a file is another one: nothing of that is cut off."""
-    with writing(path), path.open("rb") as file:
+    with writing(path), open_regular(path) as file:
         first = file.readline(_LONGEST_HEADER)
     with damaged(path, 1):
         form.check(json.loads(first.decode("utf-8", "surrogatepass")))
