@@ -109,6 +109,7 @@ test-release: .venv/.test  ## build sdist and wheel, install the wheel in a fres
 # --strict, too.
 docs: .venv-docs/.docs  ## build the manual into site/, warnings as errors, links followed; needs no network
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+	@echo "site/index.html can be read as it is; with its search: $(PYTHON) -m http.server -d site"
 
 test-smol: .venv/.test smol  ## test the pair "smol" on its real source model
 	NLA_LENS_TEST_SMOL=1 HF_HUB_OFFLINE=1 .venv/bin/python -m pytest tests/smol_pair $(PYTEST_ARGS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from nla_lens.errors import NLAError
@@ -18,6 +20,21 @@ def is_int(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a value is a real number, numpy's included, and not a truth value."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def to_path(path: Any) -> Path:
+    """A path that a caller names: a text, or what has one for a path; `~` is who they are.
+
+    Raises:
+        NLAError: Something else; bytes, too.
+    """
+    # As os.fspath has it, whose own words are about bytes and PathLike.
+    found = path if isinstance(path, str) else getattr(path, "__fspath__", lambda: None)()
+    # Of the empty text pathlib makes the working directory.
+    if not isinstance(found, str) or not found:
+        raise NLAError(f"{path!r:.80} is no path; expected a text or a pathlib.Path")
+    # Path.expanduser raises where there is no such user; this leaves the name as it is.
+    return Path(os.path.expanduser(found))
 
 
 def is_unicode(text: str) -> bool:

@@ -218,6 +218,9 @@ def changed(name: str, value: Any) -> Any:
         (changed("low_fidelity", {"score": "norm", "below": 1}), "low_fidelity"),
         (changed("low_fidelity", {"score": "fve_nrm", "below": "x"}), "low_fidelity"),
         (changed("nla", "tiny"), "nla"),
+        (changed("nla", {"d_model": 10**400}), "300 digits"),
+        (changed("fitted_on.wrong", 10**400), "300 digits"),
+        (changed("held_out.intervals", {"auroc": [10**40, 1]}), "held_out"),
     ],
 )
 def test_a_file_that_is_not_right_is_refused(

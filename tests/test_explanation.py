@@ -141,6 +141,23 @@ def test_to_dict_is_ready_for_json() -> None:
     assert set(e.to_dict()) == {f.name for f in dataclasses.fields(Explanation)}
     assert Explanation.from_dict(e.to_dict()) == e
     assert Explanation.from_dict({**one().to_dict(), "of a later version": 1}) == one()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        *(({name: 10**400}, name) for name in ("cos", "fve_nrm", "norm", "position", "token_id")),
+        ({"token_ids": [1, 2**63]}, "token_ids"),
+        ({"claims": [7]}, "claim is 7"),
+        ({"claims": [{"text": "a", "kind": "quote", "support": "0.5"}]}, "support"),
+        ({"claims": [{"text": "a", "kind": "quote", "agreement": 10**400}]}, "agreement"),
+        ({"claims": [{"text": "a", "kind": "quote", "in_context": "no"}]}, "in_context"),
+    ],
+)
+def test_records_that_could_not_be_shown(wrong: dict, named: str) -> None:
+    """A record of these was loaded, and every view of it raised what Python raises."""
+    with pytest.raises(NLAError, match=named):
+        Explanation.from_dict({**one().to_dict(), **wrong})
     assert grid(2, 3).to_dict()["shape"] == [2, 3]
 
 

@@ -105,6 +105,25 @@ def test_what_the_reader_lets_pass(tmp_path: Path) -> None:
 SMALL = ["config.json", "generation_config.json", "tokenizer_config.json"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+     "chat_template.jinja", "model.safetensors", "model-00001-of-00002.safetensors"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
+def test_what_transformers_would_wait_for(name: str, kind: str, av: Path) -> None:
+    """It opens whatever has a name that it knows: a pipe is waited for, a device has no end."""
+    if "-of-" in name:
+        index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
+        (av / "model.safetensors.index.json").write_text(json.dumps(index))
+        (av / "model.safetensors").unlink()
+    (av / name).unlink(missing_ok=True)
+    KINDS[kind](av / name)
+    with pytest.raises(NLAError, match="no regular file") as caught:
+        NLA.from_pretrained(av=av)
+    assert name in str(caught.value)
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_small_file_that_is_none(name: str, kind: str, av: Path) -> None:

@@ -912,6 +912,16 @@ def test_a_folder_of_several_asks_which(tmp_path: Path) -> None:
     assert load_dictionary(tmp_path, subfolder="layers.7").cfg.hook_name == case.hook_name
 
 
+def test_links_that_lead_nowhere_are_passed_by(tmp_path: Path) -> None:
+    case = files.sparsify(tmp_path)
+    for folder in (tmp_path, case.source):
+        (folder / "loop").symlink_to("loop")
+        (folder / "dangling").symlink_to("nowhere")
+    assert load_dictionary(case.source).cfg.hook_name == case.hook_name
+    with pytest.raises(NLAError, match=r"layers\.7.*subfolder"):
+        load_dictionary(tmp_path)
+
+
 def test_an_object_with_the_three_names_is_taken_as_it_is() -> None:
     class Own:
         W_dec = torch.ones(3, 4)

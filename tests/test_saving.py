@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import stat
 from collections.abc import Callable
 from functools import cache
@@ -249,6 +250,29 @@ def test_a_failure_leaves_what_was_there(
         nla.save_pretrained(target)
     assert {p: p.read_bytes() for p in target.rglob("*") if p.is_file()} == before
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_disk_that_fills_at_any_file(nla: NLA, tmp_path: Path) -> None:
+    """safetensors, tokenizers and numpy raise each its own there."""
+    nla.save_pretrained(tmp_path / "whole")
+    sizes = {p.stat().st_size for p in (tmp_path / "whole").rglob("*") if p.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in sorted(size for size in sizes if size > 2000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+        try:
+            with pytest.raises(NLAError, match="cannot be written"):
+                nla.save_pretrained(tmp_path / "full")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert os.listdir(tmp_path) == ["whole"]
+
+
+def test_no_temporary_folder(
+    nla: NLA, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(NLAError, match="set TMPDIR"):
+        nla.push_to_hub("me/nla", token=TOKEN)
 
 
 def test_a_file_or_a_link_in_its_place(nla: NLA, tmp_path: Path) -> None:

@@ -29,6 +29,21 @@ def read(directory: Path, content) -> Sidecar:
     return read_sidecar(directory)
 
 
+@pytest.mark.parametrize("written", ["020", "1:30", "0_2", "00", "-012", "1:30.5"])
+@pytest.mark.parametrize("key", ["d_model", "extraction_layer_index", "injection_scale"])
+def test_numbers_that_readers_of_yaml_differ_on(written: str, key: str, tmp_path: Path) -> None:
+    """020 is 16 in YAML 1.1 and 20 in 1.2, 1:30 is 90 and a text: another layer, silently."""
+    text = yaml.safe_dump(made())
+    line = next(line for line in text.splitlines() if line.strip().startswith(f"{key}:"))
+    at = line.index(key)
+    (tmp_path / "nla_meta.yaml").write_text(text.replace(line, f"{line[:at]}{key}: {written}"))
+    with pytest.raises(NLAError, match=f"{key} is '{written}'"):
+        read_sidecar(tmp_path)
+    # Where it is nobody's number it is no reason not to read the rest.
+    (tmp_path / "nla_meta.yaml").write_text(f"{text}\nstarted: {written}\n")
+    assert read_sidecar(tmp_path).layer == K
+
+
 # --- accepted -------------------------------------------------------------------------------------
 
 # name -> (sidecar, overrides, what is read)

@@ -177,6 +177,7 @@ def decompose(
     flags = latents.place_flags(nla)
     if not is_int(top) or top < 1:
         raise NLAError(f"top={top!r} must be a positive integer")
+    _check_labels(labels, latents.d_sae)
     batch = check_vectors(residual, nla.spec.d_model)
     # One after the other: greedy texts are the same in any batch.
     explained = list(nla.explain_iter(residual, **options))
@@ -206,6 +207,20 @@ def decompose(
         for n in range(len(x_ND))
     ]
     return found if batch.shape else found[0]
+
+
+def _check_labels(labels: Any, d_sae: int) -> None:
+    """Raises an NLAError unless they are texts by index; in JSON every index is a text."""
+    if labels is None:
+        return
+    if not isinstance(labels, Mapping):
+        raise NLAError(f"labels are a {type(labels).__name__}; expected texts by latent")
+    for index, text in labels.items():
+        if not is_int(index) or not 0 <= index < d_sae or not isinstance(text, str):
+            raise NLAError(
+                f"labels has {index!r:.80}: {text!r:.80}; expected a text by a latent's number, "
+                f"an integer from 0 to {d_sae - 1}"
+            )
 
 
 def _strongest(latents: Latents, acts_F: Tensor, top: int) -> list[tuple[int, float, float]]:

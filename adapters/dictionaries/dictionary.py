@@ -23,7 +23,7 @@ compared with the threshold; decoding divides by it again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -36,6 +36,8 @@ from nla_lens.adapters.dictionaries.stored_tensors import StoredTensor
 from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
 
+FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What is computed with; of others the scales are elsewhere."""
 _SCANNED: Final = 256 << 20
 _ROWS_AT_ONCE: Final = 1024
 _NEEDED: Final = {
@@ -158,7 +160,10 @@ class Dictionary:
                     "dictionary needs"
                 )
         if cfg.architecture == "topk" and not (is_int(cfg.k) and 0 < int(cfg.k or 0) <= cfg.d_sae):
-            raise NLAError(f"k={cfg.k!r} of a topk dictionary must be from 1 to {cfg.d_sae}")
+            raise NLAError(
+                f"{self.decoder.stored.path}: k={cfg.k!r:.80} of a topk dictionary must be an "
+                f"integer from 1 to {cfg.d_sae}, the number of its latents; see its config"
+            )
 
     def __repr__(self) -> str:
         cfg = self.cfg
@@ -199,14 +204,10 @@ class Dictionary:
         """Latents `[..., d_sae]` float32 of vectors `[..., d]`.
 
         Raises:
-            NLAError: Another width.
+            NLAError: No tensor of numbers, another width, NaN or infinity.
         """
         cfg, given = self.cfg, self.vectors
-        if x.shape[-1] != cfg.d_in:
-            raise NLAError(
-                f"vectors have shape {tuple(x.shape)}; this dictionary reads width {cfg.d_in}"
-            )
-        x = x.detach().to("cpu", torch.float32)
+        x = _single(x, "vectors", cfg.d_in)
         if cfg.apply_b_dec_to_input:
             x = x - given["b_dec"]
         pre = torch.nn.functional.linear(x, self.encoder.whole())
@@ -228,11 +229,17 @@ class Dictionary:
         return acts * self._lengths if self.cfg.scale_by_decoder_norm else acts
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Vectors `[..., d]` float32 of latents `[..., d_sae]`; reads the active rows alone."""
-        flat = latents.detach().to("cpu", torch.float32).reshape(-1, latents.shape[-1])
+        """Vectors `[..., d]` float32 of latents `[..., d_sae]`; reads the active rows alone.
+
+        Raises:
+            NLAError: No tensor of numbers, another number of latents, NaN or infinity.
+        """
+        latents = _single(latents, "latents", self.cfg.d_sae)
+        flat = latents.reshape(-1, latents.shape[-1])
         active = flat.ne(0).any(0).nonzero()[:, 0].tolist()
         if self.cfg.scale_by_decoder_norm:
-            flat = flat / self._lengths
+            # A row of zeros adds nothing, however active it is said to be.
+            flat = flat / self._lengths.where(self._lengths > 0, 1.0)
         out = self.b_dec.expand(len(flat), -1).clone()
         for start in range(0, len(active), _ROWS_AT_ONCE):
             part = active[start : start + _ROWS_AT_ONCE]
@@ -251,6 +258,25 @@ class Dictionary:
         return self.W_dec.norm(dim=-1)
 
 
+def _single(given: Any, what: str, width: int) -> Tensor:
+    """A caller's tensor, float32 on the CPU.
+
+    Raises:
+        NLAError: No tensor of real numbers, another width, NaN or infinity.
+    """
+    if not isinstance(given, Tensor) or given.is_complex() or given.device.type == "meta":
+        kind = f"{given.dtype} on {given.device}" if isinstance(given, Tensor) else type(given)
+        raise NLAError(f"{what} are {kind}; expected a tensor [..., {width}] of real numbers")
+    if not given.ndim or given.shape[-1] != width:
+        raise NLAError(
+            f"{what} have shape {tuple(given.shape)}; this dictionary expects [..., {width}]"
+        )
+    single = given.detach().to("cpu", torch.float32)
+    if not single.isfinite().all():
+        raise NLAError(f"{what} hold NaN or infinity, or more than float32 can")
+    return single
+
+
 def check_indices(indices: Any, d_sae: int) -> list[int]:
     """One latent index, or several, as plain integers.
 
@@ -259,10 +285,14 @@ def check_indices(indices: Any, d_sae: int) -> list[int]:
     """
     # Of arrays and tensors the entries are no integers.
     given = indices.tolist() if hasattr(indices, "tolist") else indices
+    if isinstance(given, (str, bytes)) or not (is_int(given) or isinstance(given, Iterable)):
+        raise NLAError(
+            f"latents are {given!r:.80}; expected an integer from 0 to {d_sae - 1}, or several"
+        )
     listed = [given] if is_int(given) else list(given)
     for index in listed:
         if not is_int(index) or not 0 <= index < d_sae:
             raise NLAError(
-                f"latent {index!r} does not exist: the dictionary has latents 0 to {d_sae - 1}"
+                f"latent {index!r:.80} does not exist: the dictionary has latents 0 to {d_sae - 1}"
             )
     return [int(i) for i in listed]

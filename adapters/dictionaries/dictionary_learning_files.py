@@ -6,6 +6,7 @@ BatchTopKSAE write the same names and mean other latents.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -86,10 +87,28 @@ _EXPECTED: Final[dict[str, set[str]]] = {
     "AutoEncoder": _LINEAR | {"encoder.bias", "bias"},
     "AutoEncoderNew": _LINEAR | {"encoder.bias", "decoder.bias"},
     "AutoEncoderTopK": _LINEAR | {"encoder.bias", "b_dec"},
+    "BatchTopKSAE": _LINEAR | {"encoder.bias", "b_dec", "threshold"},
     "JumpReluAutoEncoder": _BARE | {"threshold"},
     "MatryoshkaBatchTopKSAE": _BARE | {"threshold", "group_sizes"},
     "GatedAutoEncoder": _LINEAR | _GATED | {"decoder_bias"},
 }
+
+
+def _check_class(files: Files, tensors: Mapping[str, StoredTensor], kind: str) -> None:
+    """Refuses a class whose tensors these are not: the latents of each mean something else.
+
+    Raises:
+        NLAError: Names the first that is missing, or one that tells of another class.
+    """
+    due, names = _EXPECTED[kind], set(tensors)
+    lacking = sorted(due - names)
+    other = sorted((names - due) & {"group_sizes"})
+    if lacking or other:
+        what = f"no {lacking[0]}" if lacking else other[0]
+        raise NLAError(
+            f"{files.weights} is said to be a {kind}, but has {what}; found "
+            f"{words(*sorted(names)[:8])}: its config belongs to other weights"
+        )
 
 
 def _trainer(files: Files) -> Mapping[str, Any]:
@@ -133,7 +152,10 @@ def read_dictionary_learning(
     """
     refuse_dictionary_learning(files, kind)
     trainer = _trainer(files)
-    kind = kind or trainer.get("dict_class") or _class_of(files, tensors)
+    said = kind or trainer.get("dict_class")
+    kind = said or _class_of(files, tensors)
+    if said:
+        _check_class(files, tensors, said)
     bare = "W_enc" in tensors
     b_dec = next((n for n in ("b_dec", "bias", "decoder_bias", "decoder.bias") if n in tensors), "")
     vectors = {"b_dec": b_dec or "b_dec", "b_enc": "b_enc" if bare else "encoder.bias"}
@@ -157,7 +179,9 @@ def read_dictionary_learning(
         format="dictionary_learning",
         hook_name=_place(files, trainer),
         model_name=trainer.get("lm_name"),
-        k=_k(trainer, tensors) if kind == "AutoEncoderTopK" else None,
+        k=_k(files, trainer, tensors) if kind == "AutoEncoderTopK" else None,
+        # Measured in training; encode keeps the k largest all the same.
+        beside=("threshold",) if kind == "AutoEncoderTopK" else (),
         **CLASSES[kind],
     )
 
@@ -172,11 +196,23 @@ def _check_threshold(files: Files, tensors: Mapping[str, StoredTensor]) -> None:
         )
 
 
-def _k(trainer: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Any:
-    stored = tensors.get("k")
-    if trainer.get("k") is None and stored is not None and stored.shape in ((), (1,)):
-        return int(stored.mapped.reshape(()).item())
-    return trainer.get("k")
+def _k(files: Files, trainer: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Any:
+    """What the config says, or else the weights.
+
+    Raises:
+        NLAError: They differ.
+    """
+    said, stored = trainer.get("k"), tensors.get("k")
+    if stored is None or stored.shape not in ((), (1,)):
+        return said
+    found = stored.mapped.reshape(()).item()
+    whole = int(found) if math.isfinite(found) and found == int(found) else found
+    if said is not None and said != whole:
+        raise NLAError(
+            f"{files.weights} holds k={whole!r}, its config k={words(said)}: they do not belong "
+            "together"
+        )
+    return whole
 
 
 def _place(files: Files, trainer: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from nla_lens.checks import to_path
 from nla_lens.disk.writing import write_whole
 from nla_lens.errors import NLAError, NLAWarning
 from nla_lens.foreign import to_json
@@ -159,7 +160,7 @@ class FeatureExplanations(Explanations):
 
     def save(self, path: str | Path) -> Path:
         """Writes a store's rows by the suffix `.parquet`, else JSON lines; `load` reads both."""
-        write = write_records if Path(path).suffix == SUFFIX else write_lines
+        write = write_records if to_path(path).suffix == SUFFIX else write_lines
         return write(path, self.LINES, {"about": {}}, self.flat)
 
     @classmethod
@@ -169,9 +170,10 @@ class FeatureExplanations(Explanations):
         Raises:
             NLAError: No such file, or a damaged one.
         """
+        path = to_path(path)
         if is_parquet(path):
             return cls(read_records(path, cls.LINES, cls.RECORD)[1])
-        return cls(FeatureStore(Path(path)).finished.values())
+        return cls(FeatureStore(path).finished.values())
 
 
 class FeatureStore:
@@ -222,7 +224,7 @@ class FeatureStore:
             NLAError: The store was made with something else (names what differs), or is being
                 written.
         """
-        path = Path(path)
+        path = to_path(path)
         due = json.loads(json.dumps(dict(about)))
         with growing(path, FeatureExplanations.LINES, {"about": due}) as file:
             store = cls(path)

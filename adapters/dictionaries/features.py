@@ -44,6 +44,7 @@ OFF_DISTRIBUTION: Final = "off_distribution"
 """The row is much farther from the mean residual than residuals are."""
 _FAR: Final = 2.0
 _ROWS_AT_ONCE: Final = 64
+_ROWS_LOOKED_AT: Final = 1024
 
 
 def explain_features(
@@ -88,6 +89,7 @@ def explain_features(
         raise NLAError(f"sign={sign!r} must be 1 or -1")
     shift = _Shift.of(nla, mean, strength)
     reader = _Reader(nla, latents, sign, shift, place_flags, options)
+    reader.check(list(dict.fromkeys(chosen)))
     if store is None:
         found = {
             e.index: e
@@ -162,18 +164,30 @@ class _Reader:
             "options": {k: v for k, v in sorted(self.options.items()) if k != "batch_size"},
         }
 
+    def check(self, indices: Sequence[int]) -> None:
+        """Looks at all rows before the first is explained.
+
+        Raises:
+            NLAError: Rows of zeros, NaN or infinity.
+        """
+        dead: list[int] = []
+        for start in range(0, len(indices), _ROWS_LOOKED_AT):
+            some = indices[start : start + _ROWS_LOOKED_AT]
+            empty_N = ~self.latents.rows(some).ne(0).any(-1)
+            dead += [some[n] for n in empty_N.nonzero()[:, 0].tolist()]
+        if dead:
+            more = f" (and {len(dead) - 1} more: {dead[1:9]})" if len(dead) > 1 else ""
+            raise NLAError(
+                f"the decoder row of latent {dead[0]}{more} is all zero (a dead latent): it "
+                "has no direction to explain; leave it out"
+            )
+
     def read(self, indices: Sequence[int]) -> Iterator[FeatureExplanation]:
         for start in range(0, len(indices), _ROWS_AT_ONCE):
             yield from self._read_some(indices[start : start + _ROWS_AT_ONCE])
 
     def _read_some(self, indices: Sequence[int]) -> Iterator[FeatureExplanation]:
         rows_ND = self.latents.rows(indices)
-        empty = (~rows_ND.ne(0).any(-1)).nonzero()[:, 0].tolist()
-        if empty:
-            raise NLAError(
-                f"the decoder row of latent {indices[empty[0]]} is all zero (a dead latent): it "
-                "has no direction to explain; leave it out"
-            )
         signed_ND = self.sign * rows_ND
         # At the usual length, so that no row is flagged for its own.
         first = self._explain(rescale(signed_ND, self.nla.spec.usual_norm or 1.0))

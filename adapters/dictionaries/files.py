@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -12,15 +12,26 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from nla_lens.adapters.dictionaries.dictionary import Dictionary, DictionaryConfig, Matrix
+from nla_lens.adapters.dictionaries.dictionary import (
+    FLOATS,
+    Dictionary,
+    DictionaryConfig,
+    Matrix,
+)
 from nla_lens.adapters.dictionaries.locate import INDEX
 from nla_lens.adapters.dictionaries.stored_tensors import StoredTensor
 from nla_lens.adapters.dictionaries.tensor_files import open_shards, open_tensors
-from nla_lens.checks import is_int
+from nla_lens.checks import is_int, naming
 from nla_lens.disk import reading
 from nla_lens.errors import NLAError
 
-_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MATHS: Final = re.compile(
+    r"^[Ww]_|^b_|weight|bias|norm|scal|mean|std|gate|skip|mag|thresh|rotat|proj|affine|shift|offset"
+    r"|whiten|cent(er|re)"
+)
+"""Stems of what vectors are multiplied with, moved by or compared with."""
+_ELSEWHERE: Final = re.compile(r"last|count|fire|sparsity|dead|freq|grad|ema_|_ema|step")
+_FACTOR: Final = re.compile(r"scal|norm|std")
 
 
 class UnsupportedDictionaryError(NLAError):
@@ -62,6 +73,7 @@ def build(
     d_in: Any = None,
     d_sae: Any = None,
     constants: Mapping[str, float] = MappingProxyType({}),
+    beside: Collection[str] = (),
     **cfg: Any,
 ) -> Dictionary:
     """Puts a dictionary together; orientation is told by the biases, never by which side is longer.
@@ -76,16 +88,19 @@ def build(
         d_in: Width as the config says it, where it does.
         d_sae: Number of latents as the config says it, where it does.
         constants: One-dimensional parameters that are one number, from the config.
+        beside: Names of tensors that the format has and that change nothing here.
         **cfg: Further fields of `DictionaryConfig`.
 
     Raises:
-        NLAError: A tensor is missing or has another shape.
+        NLAError: A tensor is missing, has another shape, or is one too many; see `_check_more`.
     """
+    _check_more(files, tensors, {enc[0], dec[0], *vectors.values(), *beside})
     width = _length(files, tensors, vectors["b_dec"]) if d_in is None else d_in
     n_latents = _length(files, tensors, vectors[latents_by]) if d_sae is None else d_sae
     if not (is_int(width) and is_int(n_latents) and width > 0 and n_latents > 0):
         raise NLAError(
-            f"{files.folder} has d_in={words(width)} and d_sae={words(n_latents)} in its config"
+            f"{files.folder} has d_in={words(width)} and d_sae={words(n_latents)} in its config; "
+            "expected positive integers"
         )
     found: dict[str, Tensor] = {}
     for name, stored_name in vectors.items():
@@ -103,7 +118,13 @@ def build(
         found[name] = stored.whole()
     # After the rest, which says that there are so many.
     found |= {name: torch.tensor(value).expand(n_latents) for name, value in constants.items()}
-    config = DictionaryConfig(d_in=width, d_sae=n_latents, **cfg)
+    if not found.get("r_mag", torch.zeros(1)).exp().isfinite().all():
+        raise NLAError(
+            f"{vectors['r_mag']} in {files.weights} reaches {float(found['r_mag'].max()):g}, whose "
+            "exponential float32 does not hold: the file is damaged; get it again"
+        )
+    with naming(files.folder):
+        config = DictionaryConfig(d_in=width, d_sae=n_latents, **cfg)
     return Dictionary(
         config,
         Matrix(only(files, tensors, enc[0]), enc[1]),
@@ -123,10 +144,10 @@ def only(files: Files, tensors: Mapping[str, StoredTensor], name: str) -> Stored
             f"{files.weights} has no {name}; found {words(*sorted(tensors)[:8]) or 'nothing'}"
         )
     tensor = tensors[name]
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in FLOATS:
         raise NLAError(
             f"{name} in {files.weights} is {tensor.dtype}, expected one of "
-            f"{', '.join(str(dtype) for dtype in _DTYPES)}: what is quantized has scales elsewhere"
+            f"{', '.join(map(str, FLOATS))}: what is quantized has scales elsewhere"
         )
     is_matrix = name.endswith(("weight", "enc", "dec")) and not name.startswith("b_")
     expected = 2 if is_matrix else 1
@@ -135,6 +156,41 @@ def only(files: Files, tensors: Mapping[str, StoredTensor], name: str) -> Stored
             f"{name} in {files.weights} has shape {list(tensor.shape)}, expected {expected} axes"
         )
     return tensor
+
+
+def _check_more(files: Files, tensors: Mapping[str, StoredTensor], known: Collection[str]) -> None:
+    """Refuses tensors that would change what is computed, and that nothing here computes with.
+
+    Counters and statistics of training lie beside the parameters of many dictionaries; scales of
+    one and shifts of zero do nothing.
+
+    Raises:
+        NLAError: Names the first.
+    """
+    for name in sorted(set(tensors) - set(known)):
+        if not _MATHS.search(name) or _ELSEWHERE.search(name):
+            continue
+        stored = tensors[name]
+        neutral = 1 if _FACTOR.search(name) else 0
+        if len(stored.shape) > 1 or not bool(stored.mapped.eq(neutral).all()):
+            raise NLAError(
+                f"{files.weights} has {words(name)}, which would change what is computed, and is "
+                "not known in its format; load it by its own code, and pass the object"
+            )
+
+
+def flag(files: Files, key: str, usual: bool) -> bool:
+    """A truth value of the config; what is not said, or null, is as usual.
+
+    Raises:
+        NLAError: Something else: a text, even "false", would count as true.
+    """
+    value = files.config.get(key)
+    if value is None:
+        return usual
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    raise NLAError(f"{files.folder} has {key}={words(value)} in its config; expected true or false")
 
 
 def _length(files: Files, tensors: Mapping[str, StoredTensor], name: str) -> int:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nla_lens.adapters.dictionaries.dictionary import Dictionary, check_indices
+from nla_lens.adapters.dictionaries import places
+from nla_lens.adapters.dictionaries.dictionary import FLOATS, Dictionary, check_indices
 from nla_lens.errors import NLAError
 from nla_lens.nla import NLA
-from nla_lens.stream.hook_point import ResidPost
 
 OTHER_LAYER = "other_layer"
 UNKNOWN_PLACE = "unknown_place"
@@ -67,20 +67,52 @@ class Latents:
     def encode(self, x_ND: Tensor) -> Tensor:
         """Latents `[n, d_sae]` float32 on the CPU."""
         with torch.no_grad():
-            latents: Tensor = self.source.encode(self._ready(x_ND))
-        return (latents.to_dense() if latents.is_sparse else latents).to("cpu", torch.float32)
+            given = self.source.encode(self._ready(x_ND))
+        if _is_top(given):
+            dense_NF = torch.zeros(len(x_ND), self.d_sae, dtype=given.top_acts.dtype)
+            given = dense_NF.scatter_(-1, given.top_indices.cpu(), given.top_acts.cpu())
+        return self._checked(given, "encode", (len(x_ND), self.d_sae))
 
     def reconstruct(self, x_ND: Tensor) -> Tensor:
         """`decode(encode(x))`, `[n, d]` float32 on the CPU."""
         # Both verbs at once: some keep the norm of what they encoded for what they decode.
         with torch.no_grad():
-            out: Tensor = self.source.decode(self.source.encode(self._ready(x_ND)))
-        return out.to("cpu", torch.float32)
+            given = self.source.encode(self._ready(x_ND))
+            given = (given.top_acts, given.top_indices) if _is_top(given) else (given,)
+            out = self.source.decode(*given)
+        return self._checked(out, "decode", tuple(x_ND.shape))
 
     def _ready(self, x_ND: Tensor) -> Tensor:
+        """Vectors where, and as, the dictionary's own are.
+
+        Raises:
+            NLAError: They hold more than its dtype can.
+        """
         if isinstance(self.source, Dictionary):
             return x_ND
-        return x_ND.to(self.source.W_dec)
+        ready_ND = x_ND.to(self.source.W_dec)
+        if not ready_ND.isfinite().all():
+            raise NLAError(
+                f"a vector holds {float(x_ND.abs().max()):g}, more than {ready_ND.dtype} of this "
+                f"{type(self.source).__name__} can; give it as float32"
+            )
+        return ready_ND
+
+    def _checked(self, given: Any, verb: str, shape: tuple[int, ...]) -> Tensor:
+        """What a verb of the dictionary gave, float32 on the CPU.
+
+        Raises:
+            NLAError: No tensor of that shape, NaN or infinity.
+        """
+        what = f"{verb} of this {type(self.source).__name__}"
+        if not isinstance(given, Tensor) or tuple(given.shape) != shape:
+            found = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise NLAError(f"{what} gave {found}; expected a tensor {list(shape)}")
+        dense = given.detach()
+        dense = (dense.to_dense() if dense.is_sparse else dense).to("cpu", torch.float32)
+        if not dense.isfinite().all():
+            raise NLAError(f"{what} gave NaN or infinity: get the dictionary again")
+        return dense
 
     def place_flags(self, nla: NLA) -> tuple[str, ...]:
         """What is to be said of where the dictionary reads, compared with where the NLA does.
@@ -107,7 +139,7 @@ class Latents:
             )
         if self.hook_name is None:
             return (UNKNOWN_PLACE,)
-        place = ResidPost.find(self.hook_name)
+        place = places.of_name(self.hook_name)
         if place is None:
             raise NLAError(
                 f"the dictionary reads {self.hook_name}, which is not in the residual stream "
@@ -139,15 +171,34 @@ def check_dictionary(source: Any) -> None:
             f"a {type(source).__name__} that reads {place} and writes {out} is a transcoder: its "
             "directions are not in the space it reads"
         )
-    if source.W_dec.ndim != 2:
-        raise NLAError(f"W_dec has shape {tuple(source.W_dec.shape)}, expected [d_sae, d]")
+    if any(_values(source, "transcode")):
+        raise NLAError(
+            f"a {type(source).__name__} with transcode=True is a transcoder: its directions are "
+            "not in the space it reads"
+        )
+    W_dec = source.W_dec
+    if W_dec.ndim != 2:
+        raise NLAError(f"W_dec has shape {tuple(W_dec.shape)}, expected [d_sae, d]")
+    if W_dec.dtype not in FLOATS or W_dec.layout != torch.strided or W_dec.is_meta:
+        raise NLAError(
+            f"W_dec is {W_dec.dtype}, {W_dec.layout} on {W_dec.device}; expected a plain tensor "
+            f"with its values in one of {', '.join(map(str, FLOATS))}"
+        )
+
+
+def _is_top(encoded: Any) -> bool:
+    """Whether it is what `SparseCoder.encode` of EleutherAI's sparsify gives."""
+    return hasattr(encoded, "top_acts") and hasattr(encoded, "top_indices")
 
 
 def _said(source: Any, name: str) -> str | None:
-    """What a dictionary's `cfg.metadata`, `cfg` or itself says."""
+    """What a dictionary says in words."""
+    found = (v for v in _values(source, name) if isinstance(v, str) and v)
+    return next(found, None)
+
+
+def _values(source: Any, name: str) -> Iterator[Any]:
+    """What a dictionary's `cfg.metadata`, `cfg` and itself say."""
     cfg = getattr(source, "cfg", None)
     for holder in (getattr(cfg, "metadata", None), cfg, source):
-        value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
-        if isinstance(value, str) and value:
-            return value
-    return None
+        yield holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)

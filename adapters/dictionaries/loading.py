@@ -13,6 +13,7 @@ from nla_lens.adapters.dictionaries.formats import Format, named_format, read_di
 from nla_lens.adapters.dictionaries.hub import fetch_dictionary, open_repository
 from nla_lens.adapters.dictionaries.latents import check_dictionary
 from nla_lens.adapters.dictionaries.locate import CHECKPOINTS, locate
+from nla_lens.checks import to_path
 from nla_lens.errors import NLAError
 
 _MOST_LOOKED_AT: Final = 4096
@@ -55,7 +56,7 @@ def load_dictionary(
         NLAError: Not found, no proven format, not the shapes of its format, NaN or infinity, cut
             short, or a pickle of more than tensors.
     """
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, (str, os.PathLike)):
         check_dictionary(source)
         if subfolder or filename or revision or hook_name or format:
             raise NLAError(
@@ -64,6 +65,7 @@ def load_dictionary(
                 "cfg.metadata.hook_name"
             )
         return source
+    source = source if isinstance(source, str) else to_path(source)
     asked = None if format is None else named_format(format)
     files = _files(source, _inside(subfolder, filename), revision, asked)
     try:
@@ -125,8 +127,7 @@ def _files(source: str | Path, inside: str, revision: str | None, format: Format
         raise NLAError(
             f"no dictionary {str(source)!r:.200}: a directory, file or repository is due"
         )
-    # Path.expanduser raises where there is no such user; this leaves the name as it is.
-    local = Path(os.path.expanduser(source))
+    local = to_path(source)
     name = f"{source}/{inside}" if inside else str(source)
     # Not Path.exists, which raises on a name too long to be a file's.
     if os.path.lexists(local):
@@ -189,13 +190,21 @@ def _names(root: Path) -> Iterator[str]:
                 seen += 1
                 if seen > _MOST_LOOKED_AT:
                     return
-                if entry.is_dir(follow_symlinks=folder == root):
+                if _is_folder(entry, follow=folder == root):
                     below.append(Path(entry.path))
                 else:
                     yield Path(entry.path).relative_to(root).as_posix()
         level = below
 
 
+def _is_folder(entry: os.DirEntry[str], *, follow: bool) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=follow)
+    except OSError:
+        # A link that leads to itself.
+        return False
+
+
 def opened(sae: Any) -> Any:
     """A dictionary from a name; anything else as it is."""
-    return load_dictionary(sae) if isinstance(sae, (str, Path)) else sae
+    return load_dictionary(sae) if isinstance(sae, (str, os.PathLike)) else sae

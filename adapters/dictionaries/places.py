@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from nla_lens.stream.hook_point import ResidPost
+
 _WRAPPERS: Final = r"(?:(?:base_model|model|transformer|gpt_neox|language_model|decoder)\.)*"
 _MODULE: Final = re.compile(_WRAPPERS + r"(?:layers|h|blocks)[._](\d+)(?:\.(\w[\w.]*))?")
 _PARTS: Final = {
@@ -55,6 +57,15 @@ def of_hf_point(point: str) -> str:
     found = _HF_POINT.fullmatch(point)
     part = _HF_POINTS.get(found[2]) if found else None
     return point if found is None or part is None else f"blocks.{found[1]}.{part}"
+
+
+def of_name(name: str) -> ResidPost | None:
+    """A place in the residual stream by any of these spellings; None where it is no such place.
+
+    sae-lens calls the places of a transformers model by the module whose output it is.
+    """
+    module = of_module(name)
+    return ResidPost.find(name) or ResidPost.find(module) or ResidPost.find(of_hf_point(name))
 
 
 def of_side(side: str, block: object) -> str | None:

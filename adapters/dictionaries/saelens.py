@@ -16,6 +16,7 @@ from nla_lens.adapters.dictionaries.files import (
     Files,
     UnsupportedDictionaryError,
     build,
+    flag,
     words,
 )
 from nla_lens.adapters.dictionaries.stored_tensors import StoredTensor
@@ -32,6 +33,8 @@ _ARCHITECTURES: Final = {
     "matryoshka_batchtopk": "jumprelu",
     "gated": "gated",
 }
+# Of which each version writes one.
+_BESIDE: Final = ("threshold", "log_threshold", "topk_threshold")
 
 
 def read_saelens(files: Files, tensors: Mapping[str, StoredTensor]) -> Dictionary:
@@ -55,7 +58,7 @@ def read_saelens(files: Files, tensors: Mapping[str, StoredTensor]) -> Dictionar
     if architecture == "jumprelu":
         stored = "log_threshold" if by_log else "threshold"
         vectors["threshold"] = "topk_threshold" if in_training else stored
-    scaled = bool(cfg.get("rescale_acts_by_decoder_norm")) and (
+    scaled = flag(files, "rescale_acts_by_decoder_norm", False) and (
         architecture == "topk" or in_training
     )
     found = build(
@@ -72,7 +75,8 @@ def read_saelens(files: Files, tensors: Mapping[str, StoredTensor]) -> Dictionar
         hook_name=_hook_name(cfg, metadata),
         model_name=metadata.get("model_name") or cfg.get("model_name"),
         k=_k(cfg) if architecture == "topk" else None,
-        apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
+        beside=_BESIDE if architecture == "jumprelu" else (),
+        apply_b_dec_to_input=flag(files, "apply_b_dec_to_input", True),
         scale_by_decoder_norm=scaled,
         # Before it is saved for use, the threshold is in units of scaled latents.
         threshold_by_decoder_norm=scaled and in_training,

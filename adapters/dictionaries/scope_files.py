@@ -30,6 +30,7 @@ from nla_lens.adapters.dictionaries.files import (
     build,
     find_block,
     find_name,
+    flag,
     words,
 )
 from nla_lens.adapters.dictionaries.stored_tensors import StoredTensor
@@ -190,7 +191,7 @@ def read_llama_scope(files: Files, tensors: Mapping[str, StoredTensor]) -> Dicti
     cfg, named = files.config, find_name(files, _LLAMA_NAME)
     by_name = places.of_side(_LETTERS[named[2]], named[1]) if named and named[2] != "TC" else None
     threshold, act_fn = _threshold(cfg), str(cfg["act_fn"]).lower()
-    by_lengths = cfg.get("sparsity_include_decoder_norm", True) is True
+    by_lengths = flag(files, "sparsity_include_decoder_norm", True)
     jumps = threshold is not None and act_fn != "relu"
     found = build(
         files,
@@ -204,7 +205,7 @@ def read_llama_scope(files: Files, tensors: Mapping[str, StoredTensor]) -> Dicti
         architecture="jumprelu" if jumps else act_fn,
         constants={"threshold": threshold} if jumps and threshold else {},
         k=cfg.get("top_k") if act_fn == "topk" and not jumps else None,
-        apply_b_dec_to_input=cfg.get("apply_decoder_bias_to_pre_encoder", False) is True,
+        apply_b_dec_to_input=flag(files, "apply_decoder_bias_to_pre_encoder", False),
         scale_by_decoder_norm=by_lengths,
         threshold_by_decoder_norm=by_lengths and jumps,
         hook_name=cfg.get("hook_point_in", by_name),

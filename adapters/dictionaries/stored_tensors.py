@@ -113,9 +113,11 @@ class StoredTensor:
         Raises:
             NLAError: NaN or infinity; names the tensor and the file.
         """
+        # What is computed with: float64 holds more than fits.
+        single = part.float() if part.dtype == torch.float64 else part
         # A sum is finite only if all are, and needs no mask; its overflow is looked into.
-        if part.is_floating_point() and not part.sum(dtype=torch.float64).isfinite():
-            bad = part[~part.isfinite()]
+        if part.is_floating_point() and not single.sum(dtype=torch.float64).isfinite():
+            bad = part[~single.isfinite()]
             if bad.numel():
                 raise NLAError(
                     f"{self.name} in {self.path} holds {bad.flatten()[0].item()}: the file is "

@@ -49,8 +49,13 @@ def on_config(config: MkDocsConfig) -> None:
         text = path.read_text(encoding="utf-8")
         path.write_text(_EXAMPLE.sub(_as_block, text), encoding="utf-8")
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [copy.name]
-    course = sorted(path.name for path in (ROOT / "docs" / "course").glob("*.md"))
-    config.nav.insert(2, {"Course": [f"course/{name}" for name in course]})
+    course = sorted((ROOT / "docs" / "course").glob("*.md"))
+    config.nav.insert(2, {"Course": [{_title(page): f"course/{page.name}"} for page in course]})
+
+
+def _title(page: Path) -> str:
+    """A page's heading; mkdocs sees none below a comment, and would take the file's name."""
+    return re.search(r"^# (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
 def _as_block(match: re.Match[str]) -> str:

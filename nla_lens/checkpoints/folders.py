@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from nla_lens.checkpoints import hub
 from nla_lens.checkpoints.bases import Neighbourhood, find_base, folder_named
 from nla_lens.checkpoints.layout import Folder, files_below, find_folders, join, pick
 from nla_lens.checkpoints.sidecar import SIDECAR_NAME, Role, read_sidecar
+from nla_lens.checks import to_path
 from nla_lens.errors import NLAError
 from nla_lens.models.lora import CONFIG_NAME, named_base
 
@@ -31,8 +31,7 @@ Name: TypeAlias = str | Path | Place
 
 def as_path(name: str | Path) -> Path:
     """A name as a path of this machine."""
-    # Path.expanduser raises where there is no such user; this leaves the name as it is.
-    return Path(os.path.expanduser(name))
+    return to_path(name)
 
 
 def local_folders(root: Path) -> tuple[list[Folder], Neighbourhood]:

@@ -20,6 +20,7 @@ from nla_lens.checkpoints.hub import HubFolder
 from nla_lens.checkpoints.layout import join
 from nla_lens.checkpoints.releases import SMOL_DIR, TINY_DIR, find_release
 from nla_lens.checkpoints.sidecar import SIDECAR_NAME
+from nla_lens.checks import to_path
 from nla_lens.errors import NLAError
 
 _EMBEDDED: Final = {
@@ -50,8 +51,9 @@ def name_halves(
         NLAError: No verbalizer is named, or two are; or it is not clear which folder is meant.
     """
     for given in (name, av, ar):
-        if given is not None and not isinstance(given, (str, Path)):
+        if given is not None and not isinstance(given, (str, os.PathLike)):
             raise NLAError(f"a checkpoint is a name or a directory, found {given!r:.80}")
+    name, av, ar = (g if g is None or isinstance(g, str) else to_path(g) for g in (name, av, ar))
     if name is not None and av is not None:
         raise NLAError(f"two verbalizers are named: {str(name)!r} and av={str(av)!r}")
     folders = _per_half(subfolder)

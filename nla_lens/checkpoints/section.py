@@ -25,6 +25,7 @@ _ELSEWHERE: Final = re.compile(
     r"loss|grad|reward|advantage|lora|entropy|optim|train|data|(^|_)(kl|lr|ppo|grpo|head)($|_)",
     re.IGNORECASE,
 )
+_LEADING_ZERO: Final = re.compile(r"\s*[-+]?0[\d_]")
 _NOTHING: Final = (None, False, 0, "", "none", "None", "null", "identity", "raw", "off", "false")
 
 
@@ -136,6 +137,8 @@ class Section:
         except (ValueError, OverflowError):
             number = math.nan
         least, most = SCALES
-        if isinstance(value, bool) or not least <= number <= most:
+        # 020 is 16 to some readers of YAML, and 20 to others.
+        unclear = isinstance(value, str) and _LEADING_ZERO.match(value)
+        if isinstance(value, bool) or unclear or not least <= number <= most:
             raise self.wrong(key, value, 'a positive number, "sqrt_d_model" or null')
         return number

@@ -7,10 +7,12 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection
+import tempfile
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from nla_lens.checks import to_path
 from nla_lens.disk.writing import writing
 from nla_lens.errors import NLAError
 
@@ -36,7 +38,7 @@ def write_folder(
     Raises:
         NLAError: Something else is there, or it cannot be written; what was there before still is.
     """
-    path = Path(os.path.abspath(os.path.expanduser(directory)))
+    path = Path(os.path.abspath(to_path(directory)))
     _check_free(path, ours, overwrite)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +52,23 @@ def write_folder(
             shutil.rmtree(made, ignore_errors=True)
             raise
     return path
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for a while, gone afterwards.
+
+    Raises:
+        NLAError: None can be made.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix="nla-lens-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise NLAError(
+            f"no temporary folder can be made ({error}); set TMPDIR to one that can be written"
+        ) from error
+    with made as folder:
+        yield Path(folder)
 
 
 def _check_free(path: Path, ours: Collection[str], overwrite: bool) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import yaml
 
@@ -23,6 +24,10 @@ MOST_BYTES: Final = 8 << 20
 """Published configs have a few kilobytes, those of tokenizers up to some megabytes."""
 _MOST_JSON_DEPTH: Final = 64
 _MOST_YAML_DEPTH: Final = 20
+_LARGEST: Final = 1 << 1000
+"""Near where float64 ends: a larger integer can be neither compared with a number nor shown."""
+_TWO_READINGS: Final = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+"""`020` and `1:30` are 16 and 90 in YAML 1.1, 20 and a text in 1.2: left as the texts they are."""
 
 
 def read_bytes(
@@ -39,13 +44,8 @@ def read_bytes(
         NLAError: Missing, a directory, pipe or device, or too large.
     """
     try:
-        # A pipe without a writer would be waited for otherwise.
-        opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(opened, "rb") as file:
-            found = os.fstat(opened)
-            if not stat.S_ISREG(found.st_mode):
-                raise NLAError(f"{path} cannot be read: it is no regular file")
-            size = found.st_size
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             content = file.read(size + 1) if size <= most_bytes else b""
     except (OSError, ValueError) as error:
         if isinstance(error, NLAError):
@@ -59,14 +59,29 @@ def read_bytes(
     return content
 
 
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Opens a regular file to read it; links are followed.
+
+    Raises:
+        NLAError: A directory, pipe or device.
+        OSError: It cannot be opened.
+    """
+    # A pipe without a writer would be waited for otherwise.
+    opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise NLAError(f"{path} cannot be read: it is no regular file")
+    return os.fdopen(opened, "rb")
+
+
 def read_json(path: str | Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """An object of JSON.
 
     Infinity is taken, as published configs hold it; NaN is not.
 
     Raises:
-        NLAError: As `read_bytes`; no JSON, no object, nested too deep, a key twice, NaN, or half of
-            a surrogate pair. Names the file.
+        NLAError: As `read_bytes`; no JSON, no object, nested too deep, a key twice, NaN, an integer
+            beyond float64, or half of a surrogate pair. Names the file.
     """
     content = read_bytes(path, most_bytes=most_bytes)
     try:
@@ -118,6 +133,11 @@ class _PlainLoader(yaml.SafeLoader):
         finally:
             self._depth -= 1
 
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and implicit[0] and _TWO_READINGS.fullmatch(value):
+            return self.DEFAULT_SCALAR_TAG
+        return super().resolve(kind, value, implicit)
+
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
@@ -144,7 +164,7 @@ def _constant(name: str) -> float:
 
 
 def _check(found: Any, most_depth: int) -> None:
-    """Refuses deep nests and texts that are not Unicode; without recursion, however deep it is."""
+    """Refuses deep nests, texts that are not Unicode, integers without end; without recursion."""
     level = [found]
     for _ in range(most_depth + 1):
         if not level:
@@ -152,6 +172,8 @@ def _check(found: Any, most_depth: int) -> None:
         texts = [part for part in level if isinstance(part, str)]
         if not is_unicode("".join(texts)):
             raise ValueError("half of a surrogate pair, which is no text")
+        if any(isinstance(part, int) and abs(part) > _LARGEST for part in level):
+            raise ValueError("an integer of more than 300 digits")
         level = [part for whole in level for part in _parts(whole)]
     raise ValueError(f"nested deeper than {most_depth} levels")
 

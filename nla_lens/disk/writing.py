@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from nla_lens.checks import to_path
 from nla_lens.errors import NLAError
 
 
@@ -32,7 +33,7 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[IO[bytes]], A
     Raises:
         NLAError: It cannot be written; names the file. What was there before still is.
     """
-    path = Path(path)
+    path = to_path(path)
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     with writing(path):
@@ -81,6 +82,18 @@ def _sync_folder(folder: str) -> None:
             os.close(opened)
 
 
+def make_folder(path: str | Path) -> Path:
+    """A folder, made where it is not there, with those above it.
+
+    Raises:
+        NLAError: It cannot be made.
+    """
+    path = to_path(path)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Says which file could not be written."""
@@ -107,9 +120,9 @@ def only_writer(path: str | Path) -> Iterator[None]:
     """
     import filelock
 
-    target = os.path.realpath(path)
-    lock = filelock.FileLock(f"{target}.lock", timeout=0)
     with writing(path):
+        target = os.path.realpath(path)
+        lock = filelock.FileLock(f"{target}.lock", timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout:

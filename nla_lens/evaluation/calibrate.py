@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from nla_lens.disk.folder import scratch
 from nla_lens.errors import NLAError
 from nla_lens.evaluation import fitting
 from nla_lens.evaluation.examine import examine
@@ -134,8 +134,8 @@ def _rows_of(table: Any) -> list[Row]:
 def _explained(
     nla: NLA, texts: Any, store: Any, support: bool, wishes: Mapping[str, Any]
 ) -> list[Row]:
-    with tempfile.TemporaryDirectory() as scratch:
-        where = Path(scratch) / "store" if store is None else store
+    with scratch() as folder:
+        where = folder / "store" if store is None else store
         taken = take(nla, texts, where, score=True, **wishes)
     rows: list[Row] = []
     for i, row in enumerate(taken.rows):

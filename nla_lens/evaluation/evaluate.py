@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from nla_lens.disk.folder import scratch
 from nla_lens.errors import NLAError
 from nla_lens.evaluation.measures import fidelity, identity, wording
 from nla_lens.evaluation.measures.costly import COSTLY
@@ -97,11 +97,11 @@ def evaluate(
     if nla.reconstructor is None:
         raise NLAError("without a reconstructor nothing can be measured; load one with ar=")
     wishes = {"model": model, "positions": positions, "budget": budget, "seed": seed}
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch() as folder:
         taken = take(
             nla,
             texts,
-            Path(scratch) / "store" if store is None else store,
+            folder / "store" if store is None else store,
             context=context,
             progress=progress,
             options=options,

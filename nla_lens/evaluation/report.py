@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
-from nla_lens.disk.writing import write_whole
+from nla_lens.disk.writing import make_folder, write_whole
 from nla_lens.errors import NLAError
 from nla_lens.evaluation.bootstrap import Interval
 from nla_lens.results.columns import Column
@@ -190,8 +190,7 @@ class Report(Mapping[str, Measure]):
             NLAError: matplotlib (extra `plots`) is not installed.
         """
         pyplot = import_pyplot()
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
         written = []
         shown = [m for m in self.values() if m.value is not None and math.isfinite(m.value)]
         figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(shown) + 1), layout="constrained")

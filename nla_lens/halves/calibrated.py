@@ -47,6 +47,11 @@ class Calibrated:
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
         if calibration is not None:
+            if not isinstance(calibration, Calibration):
+                raise NLAError(
+                    f"a calibration is a nla_lens.Calibration, found {calibration!r:.80}; of a "
+                    "file, Calibration.load(path)"
+                )
             calibration.check_fits(self.identity())
         self._calibration = calibration
 

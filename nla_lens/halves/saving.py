@@ -7,10 +7,10 @@ without a role lies at the top.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +20,7 @@ from nla_lens.checkpoints.layout import HEAD_NAME
 from nla_lens.checkpoints.needed import TOKENIZER_FILES
 from nla_lens.checkpoints.sidecar import SIDECAR_NAME, Role
 from nla_lens.checkpoints.writing import sidecar_text
-from nla_lens.disk.folder import write_folder
+from nla_lens.disk.folder import scratch, write_folder
 from nla_lens.errors import NLAError
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ class Saveable:
         """
         hub.check_repo(repo)
         models = _models(self)
-        with tempfile.TemporaryDirectory(prefix="nla-lens-") as made:
-            _write(self, models, Path(made), evaluation, name=repo)
-            return hub.push(Path(made), repo, token=token, private=private, message="Add an NLA")
+        with scratch() as made:
+            _write(self, models, made, evaluation, name=repo)
+            return hub.push(made, repo, token=token, private=private, message="Add an NLA")
 
 
 def _models(nla: Saveable) -> dict[Role, Any]:
@@ -151,27 +151,37 @@ def _write(
     for half, model in models.items():
         home = homes[half] = folder / half
         home.mkdir()
-        _write_model(model, home)
-        _write_tokenizer(tokenizers[half], home)
+        with _told("the weights", home):
+            model.save_pretrained(home, safe_serialization=True)
+        with _told("the tokenizer", home):
+            _write_tokenizer(tokenizers[half], home)
     if nla.reconstructor is not None:
-        _write_head(nla.reconstructor, models["ar"], folder / "ar")
+        with _told("the value head", folder / "ar"):
+            _write_head(nla.reconstructor, models["ar"], folder / "ar")
     if nla.calibration is not None:
         nla.calibration.save(folder / "av")
     for role, home in homes.items():
-        (home / SIDECAR_NAME).write_text(sidecar_text(nla.spec, role), encoding="utf-8")
-        if nla.spec.centre_mean is not None:
-            _write_mean(nla.verbalizer.mean_D, home / nla.spec.centre_mean)
+        with _told("the sidecar", home):
+            (home / SIDECAR_NAME).write_text(sidecar_text(nla.spec, role), encoding="utf-8")
+            if nla.spec.centre_mean is not None:
+                _write_mean(nla.verbalizer.mean_D, home / nla.spec.centre_mean)
     card = model_card(nla.spec, halves=tuple(models), evaluation=evaluation, name=name)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    with _told("the card", folder):
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _write_model(model: Any, home: Path) -> None:
+@contextlib.contextmanager
+def _told(what: str, home: Path) -> Iterator[None]:
+    """Says what could not be written."""
     try:
-        model.save_pretrained(home, safe_serialization=True)
-    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        yield
+    except NLAError:
+        raise
+    # On a full disk safetensors and tokenizers raise what is neither an OSError nor a ValueError.
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise NLAError(
-            f"the weights cannot be written to {home} ({type(error).__name__}: {reason})"
+            f"{what} cannot be written to {home} ({type(error).__name__}: {reason})"
         ) from error
 
 

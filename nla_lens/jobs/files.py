@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from nla_lens.checks import to_path
 from nla_lens.errors import NLAError
 from nla_lens.jobs.corpus import Document, Part
 from nla_lens.jobs.memory import Rows, as_rows, check_column, from_record
@@ -27,7 +28,7 @@ def are_paths(source: Any) -> bool:
     return (
         isinstance(source, (list, tuple))
         and bool(source)
-        and all(isinstance(part, Path) for part in source)
+        and all(isinstance(part, os.PathLike) for part in source)
     )
 
 
@@ -254,10 +255,10 @@ def open_files(source: Any, column: str | None) -> tuple[list[Part], bool]:
     Raises:
         NLAError: No such file, of no kind that is known, or texts and vectors mixed.
     """
-    given = [source] if isinstance(source, (str, Path)) else list(source)
+    given = list(source) if isinstance(source, (list, tuple)) else [source]
     parts: list[Part] = []
     kinds: set[bool] = set()
-    for path in [found for one in given for found in _listed(Path(os.path.expanduser(one)))]:
+    for path in [found for one in given for found in _listed(to_path(one))]:
         opened = _open(path, column)
         kinds |= {isinstance(part, Rows) or getattr(part, "is_vectors", False) for part in opened}
         parts += opened

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any, TypeAlias
 
 from nla_lens.errors import NLAError
@@ -26,7 +26,7 @@ def open_corpus(source: Source, *, column: str | None = None, limit: int | None 
     Raises:
         NLAError: Nothing there, no such column, or of no kind that is known; names the file.
     """
-    if isinstance(source, (str, Path)) or are_paths(source):
+    if isinstance(source, (str, os.PathLike)) or are_paths(source):
         parts, is_vectors = open_files(source, column)
     else:
         parts, is_vectors = open_values(source, column)

@@ -99,6 +99,6 @@ def _named(model: Any) -> str | None:
     """A model's name; of a directory its last part, as it may lie elsewhere tomorrow."""
     if model is None:
         return None
-    if not isinstance(model, (str, Path)):
+    if not isinstance(model, (str, os.PathLike)):
         model = getattr(model, "name_or_path", "") or type(model).__name__
     return Path(model).name if os.path.isdir(os.path.expanduser(model)) else str(model)

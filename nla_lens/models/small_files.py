@@ -7,7 +7,9 @@ read here first, and its numbers are held against the sizes of the files that mu
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +50,22 @@ def find_small_file(path: str | Path, name: str) -> Path | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if cached is None else Path(cached)
+
+
+def check_regular(path: str | Path) -> None:
+    """Looks at what a directory's names stand for: transformers opens each that it knows.
+
+    Raises:
+        NLAError: A pipe, which would be waited for, a socket or a device.
+    """
+    if not os.path.isdir(path):
+        return
+    for entry in os.scandir(path):
+        # What a link points to may be missing: whoever needs it says so.
+        with contextlib.suppress(OSError):
+            mode = entry.stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise NLAError(f"{entry.path} cannot be read: it is no regular file")
 
 
 def check_config(path: str | Path) -> None:

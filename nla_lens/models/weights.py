@@ -24,6 +24,7 @@ from nla_lens.models.saved_by_5 import (
 from nla_lens.models.small_files import (
     check_config,
     check_generation_config,
+    check_regular,
     check_tokenizer_config,
     find_small_file,
 )
@@ -43,6 +44,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         path = base
 
     with _clear_errors(path, "tokenizer"):
+        check_regular(path)
         check_tokenizer_config(path)
         built_from = find_small_file(path, "tokenizer.json")
         if built_from is not None:
@@ -153,6 +155,7 @@ def _load_config(path: str | Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     with _clear_errors(path, "config.json"):
+        check_regular(path)
         check_config(path)
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         if reads_as_4():

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from nla_lens.checkpoints.layout import CALIBRATION_NAME
-from nla_lens.checks import is_int, is_number, naming
+from nla_lens.checks import is_int, is_number, naming, to_path
 from nla_lens.disk.reading import read_json
-from nla_lens.disk.writing import write_whole, writing
+from nla_lens.disk.writing import make_folder, write_whole
 from nla_lens.errors import NLAError
 from nla_lens.results.calibration_page import draw, lines, page
 from nla_lens.results.evidence import FEATURES, SCORES, Record, evidence
@@ -150,8 +150,7 @@ class Calibration:
             The file.
         """
         path = calibration_path(path)
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         return write_whole(path, json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
@@ -173,6 +172,10 @@ class Calibration:
         Raises:
             NLAError: Something else, or features that this version does not know.
         """
+        if not isinstance(values, Mapping):
+            raise NLAError(
+                f"a calibration is {values!r:.80}; expected an object, as to_dict gives it"
+            )
         if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
             raise NLAError(f"this is not {FORMAT} version {VERSION}")
         listed = values.get("features")
@@ -237,12 +240,12 @@ class Calibration:
         Raises:
             NLAError: matplotlib (extra `plots`) is not installed.
         """
-        return draw(self.to_dict(), Path(folder))
+        return draw(self.to_dict(), make_folder(folder))
 
 
 def calibration_path(path: str | Path) -> Path:
     """The file that is meant: itself, or the one in a folder."""
-    path = Path(path)
+    path = to_path(path)
     return path if path.suffix == ".json" else path / CALIBRATION_NAME
 
 
@@ -289,7 +292,11 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, float):
         return math.isfinite(value)
-    return value is None or isinstance(value, (str, bool)) or is_int(value)
+    return (
+        value is None
+        or isinstance(value, (str, bool))
+        or (is_int(value) and abs(value) <= _LARGEST)
+    )
 
 
 def _same(here: Any, there: Any) -> bool:

@@ -118,7 +118,6 @@ def draw(calibration: Mapping[str, Any], folder: Path) -> list[Path]:
         NLAError: matplotlib (extra `plots`) is not installed.
     """
     pyplot = import_pyplot()
-    folder.mkdir(parents=True, exist_ok=True)
     tested = calibration["held_out"]
     written = []
     figure, axes = pyplot.subplots(figsize=(4, 3.6), layout="constrained")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from types import NoneType
+from typing import Any, ClassVar, Final, Literal
 
+from nla_lens.checks import is_number
 from nla_lens.errors import NLAError
 from nla_lens.results.columns import Column
+
+_LARGEST: Final = 1e12
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,18 @@ class Claim:
         Raises:
             NLAError: Not what it writes.
         """
+        if not isinstance(values, Mapping):
+            raise NLAError(f"a claim is {values!r:.80}; expected an object")
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         if not isinstance(known.get("text"), str) or known.get("kind") not in ("sentence", "quote"):
             raise NLAError(f"a claim is {values!r:.80}; expected its text and kind")
+        for name in ("support", "agreement"):
+            number = known.get(name)
+            if number is not None and not (is_number(number) and not abs(number) > _LARGEST):
+                raise NLAError(f"{name} of a claim is {number!r:.80}; expected a number or null")
+        if not isinstance(known.get("in_context"), (bool, NoneType)):
+            found = known["in_context"]
+            raise NLAError(f"in_context of a claim is {found!r:.80}; expected true, false or null")
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:

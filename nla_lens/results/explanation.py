@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 NUMBER: Final = (float, int)
+_LARGEST: Final = 2**63 - 1
+"""Of integers: what tables hold, and a float can be compared with."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,11 @@ class Explanation:
         for name, value in known.items():
             # A truth value is an int to Python, and no position.
             as_number = isinstance(value, bool) and bool not in cls.TYPES[name]
-            if as_number or not isinstance(value, cls.TYPES[name]):
+            too_large = isinstance(value, int) and abs(value) > _LARGEST
+            if as_number or too_large or not isinstance(value, cls.TYPES[name]):
                 expected = " or ".join(kind.__name__ for kind in cls.TYPES[name])
                 raise NLAError(f"{name} is {value!r:.80}; expected {expected}")
-        if not all(map(is_int, known.get("token_ids", ()))):
+        if not all(is_int(i) and abs(i) <= _LARGEST for i in known.get("token_ids", ())):
             raise NLAError(f"token_ids is {known['token_ids']!r:.80}; expected integers")
         if not all(isinstance(flag, str) for flag in known.get("flags", ())):
             raise NLAError(f"flags is {known['flags']!r:.80}; expected names")

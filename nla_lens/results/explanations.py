@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 
+from nla_lens.checks import to_path
 from nla_lens.disk.writing import write_whole
 from nla_lens.errors import NLAError
 from nla_lens.foreign import well_formed
@@ -154,7 +155,7 @@ class Explanations(Sequence["Explanation | Explanations"]):
             path: Ends it in `.parquet`, the rows of a store (`nla_lens.results.rows`), which others
                 read without us; else JSON lines: a header, then one explanation a line.
         """
-        write = write_records if Path(path).suffix == SUFFIX else write_lines
+        write = write_records if to_path(path).suffix == SUFFIX else write_lines
         return write(path, self.LINES, {"shape": list(self.shape)}, self.flat)
 
     @classmethod
@@ -164,6 +165,7 @@ class Explanations(Sequence["Explanation | Explanations"]):
         Raises:
             NLAError: Not such a file, or a damaged one; names the file and the line.
         """
+        path = to_path(path)
         if is_parquet(path):
             header, records = read_records(path, cls.LINES, cls.RECORD)
             header.setdefault("shape", [len(records)])

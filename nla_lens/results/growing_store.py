@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nla_lens.disk.writing import only_writer, write_whole
+from nla_lens.checks import to_path
+from nla_lens.disk.writing import make_folder, only_writer, write_whole
 from nla_lens.errors import NLAError
 from nla_lens.foreign import well_formed_in
 from nla_lens.results.parquet import write_table
 from nla_lens.results.rows import to_table
-from nla_lens.results.store import FORMAT, MANIFEST, VERSION, Store, read_manifest, told
+from nla_lens.results.store import FORMAT, MANIFEST, VERSION, Store, read_manifest
 
 
 class GrowingStore(Store):
@@ -41,18 +43,17 @@ class GrowingStore(Store):
         Raises:
             NLAError: Another store is there, and what differs; or other files.
         """
-        path = Path(path)
+        path = to_path(path)
         whole = json.dumps({**about, "n_rows": n_rows, "n_documents": n_documents})
         # File names need not be Unicode; what a reader takes is.
         wanted = well_formed_in(json.loads(whole))
-        if (path / MANIFEST).exists():
+        if os.path.exists(path / MANIFEST):
             store = cls(path)
             store.check_same(wanted)
             return store
         _check_free(path)
         manifest = {"format": FORMAT, "version": VERSION, **wanted, "columns": dict(user)}
-        with told(path):
-            path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         write_whole(path / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
         return cls(path)
 
@@ -76,18 +77,17 @@ class GrowingStore(Store):
         Raises:
             NLAError: Another job is writing, or the folder holds something else.
         """
-        path = Path(path)
+        path = to_path(path)
         _check_free(path)
-        with told(path):
-            path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         with only_writer(path / ".store"):
             yield
 
     @staticmethod
     def seed_of(path: str | Path) -> int | None:
         """The seed a store's texts were sampled with; None where there is no store yet."""
-        path = Path(path) / MANIFEST
-        return read_manifest(path).get("seed") if path.exists() else None
+        path = to_path(path) / MANIFEST
+        return read_manifest(path).get("seed") if os.path.exists(path) else None
 
     def write(
         self,
@@ -121,7 +121,7 @@ class GrowingStore(Store):
 
 def _check_free(path: Path) -> None:
     """Raises an NLAError for a folder that holds something else than a store."""
-    if not path.exists() or (path / MANIFEST).exists():
+    if not os.path.exists(path) or os.path.exists(path / MANIFEST):
         return
     # A job that died before its manifest was there may have left hidden files.
     if not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir()):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
-from nla_lens.disk.reading import read_bytes
-from nla_lens.disk.writing import only_writer, write_whole, writing
+from nla_lens.disk.reading import open_regular, read_bytes
+from nla_lens.disk.writing import make_folder, only_writer, write_whole, writing
 from nla_lens.errors import NLAError
 from nla_lens.foreign import to_json
 
@@ -181,10 +181,9 @@ def growing(path: Path, form: Format, about: Mapping[str, Any]) -> Iterator[Grow
     Raises:
         NLAError: It is no such file, cannot be written, or is being written.
     """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with only_writer(path):
-        if not path.exists() or _is_only_begun(path, form):
+        if not os.path.exists(path) or _is_only_begun(path, form):
             write_whole(path, form.header(about))
         _check_header(path, form)
         file = Growing(path)
@@ -209,7 +208,7 @@ def _size_of_whole_lines(file: int) -> int:
 
 def _is_only_begun(path: Path, form: Format) -> bool:
     """Whether a file has no whole line, and what is there is a part of such a header."""
-    with path.open("rb") as file:
+    with writing(path), open_regular(path) as file:
         found = file.read(1 << 20)
     if b"\n" in found:
         return False
@@ -220,7 +219,7 @@ def _is_only_begun(path: Path, form: Format) -> bool:
 
 def _check_header(path: Path, form: Format) -> None:
     """Raises an NLAError if a file is another one: nothing of that is cut off."""
-    with writing(path), path.open("rb") as file:
+    with writing(path), open_regular(path) as file:
         first = file.readline(_LONGEST_HEADER)
     with damaged(path, 1):
         form.check(json.loads(first.decode("utf-8", "surrogatepass")))

@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from nla_lens.disk.reading import open_regular
 from nla_lens.disk.writing import write_whole
 from nla_lens.errors import NLAError
 from nla_lens.results.explanation import Explanation
@@ -38,8 +39,9 @@ def write_table(path: str | Path, table: pa.Table) -> Path:
 def is_parquet(path: str | Path) -> bool:
     """Whether a file's content is parquet; what cannot be read is not."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return file.read(len(_MAGIC)) == _MAGIC
+    # Of a pipe an NLAError, which is a ValueError.
     except (OSError, ValueError):
         return False
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nla_lens.checks import is_int, naming
+from nla_lens.checks import is_int, naming, to_path
 from nla_lens.disk.reading import read_json
 from nla_lens.disk.writing import write_whole
 from nla_lens.errors import NLAError
@@ -65,7 +65,7 @@ class Store:
 
     def __init__(self, path: str | Path) -> None:
         """See `open_store`."""
-        self.path = Path(path)
+        self.path = to_path(path)
         self.manifest = read_manifest(self.path / MANIFEST)
         self.user: dict[str, str] = dict(self.manifest["columns"])
         self.n_rows: int = self.manifest["n_rows"]

@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -267,6 +267,6 @@ def open_source(
     # Imported late: it loads transformers.
     from nla_lens.stream.hf_source import HFSource, load_source
 
-    if isinstance(model, (str, Path)):
+    if isinstance(model, (str, os.PathLike)):
         return load_source(model, n_blocks=n_blocks, tokenizer=tokenizer, **placement)
     return HFSource(model, tokenizer)

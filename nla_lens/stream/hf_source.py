@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nla_lens.checks import to_path
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import blocks_of, input_device
 from nla_lens.models.block_reader import BlockReader
@@ -110,9 +111,11 @@ def _own_tokenizer(model: Any) -> Any:
 
 
 def load_source(
-    name: str | Path, *, n_blocks: int | None, tokenizer: Any = None, **placement: Any
+    name: str | os.PathLike[str], *, n_blocks: int | None, tokenizer: Any = None, **placement: Any
 ) -> HFSource:
     """Loads a source model, only its first blocks where `n_blocks` says so."""
+    local = to_path(name)
+    name = local if os.path.isdir(local) else os.fspath(name)
     if tokenizer is None:
         foreign_code = bool(placement.get("trust_remote_code"))
         tokenizer = load_tokenizer(name, trust_remote_code=foreign_code)

@@ -94,6 +94,11 @@ def leaving_block(hidden_states, block):
     return hidden_states[block]
 
 
+# %% tags=["wrong"]
+def leaving_block(hidden_states, block):
+    hidden_states[block + 1]  # nothing is returned
+
+
 # %% tags=["test"]
 @check("1.1")
 def _():
@@ -103,7 +108,7 @@ def _():
     ours, theirs = leaving_block(states, K), cache["resid_post", K]
     apart = (ours - theirs).abs().max().item()
     before = (states[K] - theirs).abs().max().item()
-    assert apart < 1e-3, f"largest difference to TransformerLens' resid_post: {apart:.2f}"
+    assert apart < 1e-3, f"up to {apart:.2f} away from TransformerLens' resid_post of that block"
     print(
         "the same numbers as in TransformerLens; the entry before it is another vector:",
         before > 0.1,
@@ -164,7 +169,9 @@ def _():
     assert mine.shape == library.shape, (
         f"expected shape {(*library.shape,)}, found {(*mine.shape,)}"
     )
-    assert torch.allclose(mine, library, atol=1e-4), f"{mine[0]:.3f} instead of {library[0]:.3f}"
+    assert torch.allclose(mine, library, atol=1e-4), (
+        f"the first is {mine[0]:.3f}, not {library[0]:.3f}"
+    )
     opposite = fve_nrm(-vectors, vectors, nla.spec.var_nrm)
     expected = torch.full_like(opposite, 1 - 4 / nla.spec.var_nrm)
     assert torch.allclose(opposite, expected, atol=1e-4), "opposite directions have mse_nrm 4"

@@ -46,6 +46,7 @@ REPOSITORY = "OWNER/REPOSITORY"
 _SETUP = """\
 # Run this first. On Colab it fetches the library and the course; elsewhere it finds the course.
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 if "google.colab" in sys.modules:
@@ -53,8 +54,18 @@ if "google.colab" in sys.modules:
     %pip install -q "./nla_lens_course{extras}"
     %cd -q nla_lens_course/tutorials
 
-TUTORIALS = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "course").is_dir())
+TUTORIALS = next((p for p in (Path.cwd(), *Path.cwd().parents) if (p / "course").is_dir()), None)
+assert TUTORIALS, "open this notebook where it lies, in tutorials/ of a clone"
+assert find_spec("torch") and find_spec("nla_lens"), (
+    "this kernel has no nla_lens: see 'The course' in docs/index.md"
+)
 sys.path.insert(0, str(TUTORIALS / "course"))"""
+_HOW = """
+
+**How it goes.** Run the cells from the top, one after the other (Shift+Enter). A stub raises until
+it is written: write it, run it, and then the cell under it, which says whether it is right, and if
+not, what is wrong. Hints, the expected output and a solution are folded away below; where you go on
+without an answer of your own, take the solution, as later cells may use it."""
 _BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{repository}/blob/main/tutorials/{stem}.ipynb)"
@@ -126,19 +137,19 @@ def fenced(text: str, language: str = "") -> str:
     return f"```{language}\n{text.rstrip()}\n```"
 
 
-def _begun(source: Path, cells: list[NotebookNode]) -> Iterator[NotebookNode]:
+def _begun(source: Path, cells: list[NotebookNode], how: str) -> Iterator[NotebookNode]:
     """The first cells: the title with the badge under it, and what installs."""
     title, _, rest = cells[0].source.partition("\n")
     badge = _BADGE.format(repository=REPOSITORY, stem=source.stem)
-    yield new_markdown_cell(f"{title}\n\n{badge}\n{rest}")
+    yield new_markdown_cell(f"{title}\n\n{badge}\n{rest}{how}")
     names = (re.split(r"[<>=!~]", need)[0] for need in requires(source))
     extras = ",".join(name for name in names if name in ("transformer-lens", "nnsight", "trust"))
     extras = f"[{extras}]" if extras else ""
     yield new_code_cell(_SETUP.format(repository=REPOSITORY, extras=extras))
 
 
-def _book(source: Path, cells: list[NotebookNode], **about: Any) -> NotebookNode:
-    book = new_notebook(cells=[*_begun(source, cells), *cells[1:]])
+def _book(source: Path, cells: list[NotebookNode], how: str = "", **about: Any) -> NotebookNode:
+    book = new_notebook(cells=[*_begun(source, cells, how), *cells[1:]])
     book.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -193,7 +204,7 @@ def exercises(source: Path, ran: NotebookNode) -> NotebookNode:
                 folded("Solution", fenced(solution, "python")),
             ]
         cells.append(cell)
-    return _book(source, _without_tags([*cells, *behind]))
+    return _book(source, _without_tags([*cells, *behind]), how=_HOW)
 
 
 def _without_tags(cells: list[NotebookNode]) -> list[NotebookNode]:
@@ -221,7 +232,8 @@ def page(source: Path, ran: NotebookNode) -> str:
     parts = [
         f"<!-- Made by tutorials/course/build.py from {source.name}: change that. -->",
         title,
-        f"To be done in `tutorials/{source.stem}.ipynb`; solved in `tutorials/solved/`.",
+        f"To be done in `tutorials/{source.stem}.ipynb`; solved in `tutorials/solved/`. "
+        "[How to open it](../index.md#the-course).",
         rest.strip(),
     ]
     solution, behind = "", []

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from transformers.utils import logging
+# Before transformers is imported, which brings a warning that widgets of Jupyter are missing.
+warnings.filterwarnings("ignore")
+
+from transformers.utils import logging  # noqa: E402
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
-warnings.filterwarnings("ignore")
 
 
 def check(title: str) -> Callable[[Callable[[], None]], None]:
@@ -29,6 +32,12 @@ def check(title: str) -> Callable[[Callable[[], None]], None]:
             print(f"{title}: to do. {todo}")
         except AssertionError as wrong:
             print(f"{title}: not yet. {wrong}")
+        # Of what a student writes anything may be raised; a traceback would end "Run all" here.
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            print(f"{title}: not yet. {type(error).__name__}: {error}, at `{at.line}`")
+            if "NoneType" in str(error):
+                print("Does your function return its result?")
         else:
             print(f"{title}: passed")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
+from nla_lens.disk.folder import scratch
 from nla_lens.errors import NLAError
 from nla_lens.evaluation.measures import causal, fidelity, identity, wording
 from nla_lens.evaluation.measures import steering as steered
@@ -142,11 +141,11 @@ def drift(nla: NLA, taken: Taken, tools: Mapping[str, Any]) -> Measure:
     if tuned is None:
         return missing("drift", title, "no fine-tuned source was given (drift=)")
     sample = taken.sample
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch() as folder:
         there = take(
             nla,
             tools["texts"],
-            Path(scratch) / "store",
+            folder / "store",
             model=tuned,
             positions=tools["positions"],
             budget=tools["budget"],
