@@ -153,3 +153,30 @@ def _surroundings(block: Block) -> Iterator[str]:
     verbalizer: Any = nla_lens.NLA.from_pretrained("tiny").verbalizer
     with ModelServer("vllm", verbalizer.engine.model, verbalizer.tokenizer, "tiny/av") as server:
         yield block.text.replace("http://localhost:8000", server.url)
+
+
+def check_transcript(
+    page: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Runs the script that a page shows a transcript of, and holds its lines against it."""
+    from transformers.utils import logging
+
+    text = page.read_text(encoding="utf-8")
+    shown = re.search(r"<!-- transcript: (.+?) -->\n```\n(.*?)```", text, re.DOTALL)
+    assert shown is not None
+    script, *arguments = shlex.split(shown[1])
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        logging.enable_progress_bar()  # The demo shows none.
+    printed = _words(capfd.readouterr().out)
+    lines = [_words(line) for line in shown[2].splitlines() if _words(line)]
+    assert len(lines) > 10
+    missing = [line for line in lines if line != "…" and line not in printed]
+    assert not missing, missing
+
+
+def _words(text: str) -> str:
+    """Text without table lines and spacing, which depend on the terminal's width."""
+    return " ".join(re.sub(r"[─│┃━┏┓┗┛┡┩╇┳┻┼]", " ", text).split())

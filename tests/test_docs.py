@@ -1,30 +1,21 @@
 """README and manual are true: snippets run, commands work, the transcript is what comes out."""
 
 import re
-import runpy
 import subprocess
-import sys
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from transformers.utils import logging
 
-from .snippets import PAGES, ROOT, blocks, missing, run_page
+from .snippets import PAGES, ROOT, blocks, check_transcript, missing, run_page
 from .test_rooms import house
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 HAS_BRIDGE = not version("transformer-lens").startswith("2.")
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-
-
-def words(text: str) -> str:
-    """Text without table lines and spacing, which depend on the terminal's width."""
-    return " ".join(re.sub(r"[─│┃━┏┓┗┛┡┩╇┳┻┼]", " ", text).split())
 
 
 # The cells of the course's pages are run by test_course.py.
@@ -80,18 +71,8 @@ def test_make_runs_what_the_readme_promises() -> None:
 def test_the_transcript_is_what_the_demo_prints(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    shown = re.search(r"<!-- transcript: (\S+) -->\n```\n(.*?)```", README, re.DOTALL)
-    assert shown is not None
-    monkeypatch.setattr(sys, "argv", [shown[1]])
-    try:
-        runpy.run_path(str(ROOT / shown[1]), run_name="__main__")
-    finally:
-        logging.enable_progress_bar()  # The demo shows none.
-    printed = words(capfd.readouterr().out)
-    lines = [words(line) for line in shown[2].splitlines() if words(line)]
-    assert len(lines) > 10
-    missing = [line for line in lines if line != "…" and line not in printed]
-    assert not missing, missing
+    """That of the README is tested where its model is: `tests/smol_pair`."""
+    check_transcript(ROOT / "docs" / "index.md", monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

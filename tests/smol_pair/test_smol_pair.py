@@ -12,6 +12,7 @@ import torch
 import nla_lens
 from nla_lens import NLA
 from nla_lens.checkpoints.releases import SMOL_SOURCE_DIR, SMOL_SOURCE_NAME
+from tests.snippets import ROOT, check_transcript
 
 SENTENCES = [
     "The committee agreed to meet again in the first week of October, if the weather permits.",
@@ -71,3 +72,9 @@ def test_saved_it_is_the_same(smol: NLA, tmp_path: Path) -> None:
     again = NLA.from_pretrained(tmp_path / "copy", base=str(SMOL_SOURCE_DIR))
     vector_D = nla_lens.extract(SMOL_SOURCE_DIR, SENTENCES[:1], smol.spec.layer)[0][-1]
     assert again.explain(vector_D).text == smol.explain(vector_D).text
+
+
+def test_the_transcript_is_what_the_demo_prints(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    check_transcript(ROOT / "README.md", monkeypatch, capfd)
