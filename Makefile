@@ -66,7 +66,7 @@ test: .venv/.test  ## lint, check types and run the suite with transformer-lens 
 	echo "mypy:"; wait $$types; types=$$?; cat .venv/.types; exit $$((tests ? tests : types))
 
 test-slow: .venv/.test  ## the tests that take minutes: training the embedded NLA at a small scale
-	$(call pytest,.venv) -m slow --timeout 900
+	$(call pytest,.venv) -m slow --timeout 900 $$(grep -l 'mark\.slow' tests/test_*.py)
 
 # Without what is about files, pages and HTTP alone: no release of transformers, TransformerLens, numpy or
 # pandas touches it.

@@ -602,6 +602,7 @@ def test_an_embedded_pair_is_not_written_to(tiny: NLA, tmp_path: Path) -> None:
 SCRIPT = Path(__file__).parents[1] / "tutorials" / "tiny_nla" / "calibrate.py"
 
 
+@pytest.mark.slow
 def test_the_embedded_pairs_know_how_far_to_trust_them() -> None:
     """Gold facts of documents of another seed, in a process with no scikit-learn in sight."""
     code = (

@@ -46,9 +46,11 @@ def test_every_row_is_as_if_alone(
     case: tuple[NLA, list[list[int]]], batch_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nla, wanted = case
+    # One at a time, where nothing leaves or joins, a few show what all would.
+    given = many_vectors()[: 4 if batch_size == 1 else None]
     monkeypatch.setattr(nla.verbalizer, "is_closed", stops)
-    found = nla.explain(many_vectors(), max_new_tokens=N_TOKENS, score=False, batch_size=batch_size)
-    assert [list(e.token_ids) for e in found] == wanted
+    found = nla.explain(given, max_new_tokens=N_TOKENS, score=False, batch_size=batch_size)
+    assert [list(e.token_ids) for e in found] == wanted[: len(given)]
     assert len({len(ids) for ids in wanted}) > 3, "lengths must differ for rows to come and go"
 
 

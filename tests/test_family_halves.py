@@ -57,35 +57,41 @@ def given() -> Tensor:
 
 
 @torch.no_grad()
-def greedy(model: Any, nla: NLA, rule: str, vector_D: Tensor, n: int) -> tuple[list[int], int]:
+def greedy(
+    model: Any, nla: NLA, rule: str, vectors_ND: Tensor, n: int
+) -> list[tuple[list[int], int]]:
     """Tokens of a loop without a cache, injected anew each time, and how many are clear."""
-    marker, ids = nla.verbalizer.marker_position, list(nla.verbalizer.prompt_ids)
-    unit_D, margins = vector_D / vector_D.norm(), []
+    marker = nla.verbalizer.marker_position
+    ids_NT = torch.tensor([list(nla.verbalizer.prompt_ids)] * len(vectors_ND))
+    unit_ND, margins = vectors_ND / vectors_ND.norm(dim=-1, keepdim=True), []
 
     def hook(module: Any, args: Any, output: Any) -> Any:
         resid = (output[0] if isinstance(output, tuple) else output).clone()
         there = resid[:, marker]
         resid[:, marker] = (
-            families.SCALE * unit_D
+            families.SCALE * unit_ND
             if rule == "replace"
-            else there + there.norm(dim=-1, keepdim=True) * unit_D
+            else there + there.norm(dim=-1, keepdim=True) * unit_ND
         )
         return (resid, *output[1:]) if isinstance(output, tuple) else resid
 
     place = model.get_input_embeddings() if rule == "replace" else blocks_of(model)[1]
     handle = place.register_forward_hook(hook)
     for _ in range(n):
-        logits_V = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-        best = (logits_V / logits_V.std()).topk(2)
-        ids.append(int(best.indices[0]))
-        margins.append(float(best.values[0] - best.values[1]))
+        logits_NV = model(input_ids=ids_NT, use_cache=False).logits[:, -1]
+        best = (logits_NV / logits_NV.std(dim=-1, keepdim=True)).topk(2)
+        ids_NT = torch.cat([ids_NT, best.indices[:, :1]], dim=1)
+        margins.append(best.values[:, 0] - best.values[:, 1])
     handle.remove()
-    unclear = [i for i, margin in enumerate(margins) if margin < CLEAR]
-    return ids[-n:], min(unclear, default=n)
+    clear_N = [
+        next((i for i, margin in enumerate(row) if margin < CLEAR), n)
+        for row in torch.stack(margins, dim=1).tolist()
+    ]
+    return list(zip(ids_NT[:, -n:].tolist(), clear_N, strict=True))
 
 
 def check_tokens(nla: NLA, model: Any, rule: str, n: int = N_TOKENS) -> None:
-    wanted = [greedy(model, nla, rule, vector_D, n) for vector_D in given()]
+    wanted = greedy(model, nla, rule, given(), n)
     assert sum(clear for _, clear in wanted) >= n
     for batch_size in (None, 2):
         got = nla.explain(given(), max_new_tokens=n, score=False, batch_size=batch_size)
@@ -155,12 +161,10 @@ def test_rows_leave_and_join(load: Any, name: str) -> None:
     nla = load(name, "norm_matched_add")
     engine, model = nla.verbalizer.engine, families.model(name)
     lengths = (2, 5, 3, 6, 1, 4)
-    wanted = [
-        greedy(model, nla, "norm_matched_add", given()[i % 3], n) for i, n in enumerate(lengths)
-    ]
-    rows = [ids for ids, _ in wanted]
+    whole = greedy(model, nla, "norm_matched_add", given(), max(lengths))
+    rows = [whole[i % 3][0][:n] for i, n in enumerate(lengths)]
     for row, ids in rows_that_end(engine, nla, rows):
-        clear = min(wanted[row][1], len(ids))
+        clear = min(whole[row % 3][1], len(ids))
         assert ids[:clear] == rows[row][:clear]
 
 

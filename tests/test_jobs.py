@@ -653,10 +653,6 @@ def kills(tmp_path: Path, tiny: NLA, n_rows: int, n_kills: int) -> None:
     assert twice <= job_module._ROWS_PER_SHARD * killed
 
 
-def test_a_killed_job_goes_on(tmp_path: Path, tiny: NLA) -> None:
-    kills(tmp_path, tiny, 600, 2)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_job_killed_again_and_again_goes_on(tmp_path: Path, tiny: NLA) -> None:

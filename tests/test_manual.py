@@ -73,8 +73,52 @@ def test_the_errors_a_caller_meets_first_are_explained() -> None:
 def test_every_message_is_listed() -> None:
     text = MESSAGES["as_page"](ROOT)
     assert "this NLA has no reconstructor; load one with ar=" in text
-    assert text.count("\n* ") > 400
+    assert text.count("\n* ") > 500
     assert "## adapters/nnsight_model.py" in text
+    # Said by way of a name, a function, a server's client.
+    assert "the reconstructor failed (…: …); the texts are there, their scores are not" in text
+    assert "the server at … answered without a list of answers" in text
+    anchors = re.findall(r"\{#([^}]+)\}$", text, re.MULTILINE)
+    assert len(anchors) == len(set(anchors)) == text.count("\n* ")
+    assert "this-nla-has-no-reconstructor-load-one" in anchors
+
+
+def test_no_message_escapes_the_list() -> None:
+    """What is raised without words of its own passes on what was said elsewhere."""
+    silent = {
+        (path, said)
+        for path, module, call in MESSAGES["raised"](ROOT)
+        for said in MESSAGES["spelled"](call.args[0], module)
+        if not said.strip(" …:")
+    }
+    assert silent == {
+        ("nla_lens/checks.py", "…: …"),
+        ("nla_lens/cli/view.py", "……"),
+        ("nla_lens/engines/served/channel.py", "…"),
+        ("nla_lens/engines/served/server.py", "…"),
+        ("nla_lens/engines/served/verbalizer.py", "…"),
+        ("nla_lens/evaluation/compare.py", "…: …"),
+        ("nla_lens/models/limited.py", "…"),
+        ("nla_lens/results/store.py", "…: …"),
+        ("adapters/ray_jobs.py", "…"),
+        ("adapters/ray_workers.py", "…"),
+    }
+
+
+def test_every_class_of_errors_is_listed() -> None:
+    made = {
+        (node.name, ast.unparse(base))
+        for folder in ("nla_lens", "adapters")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+        for base in node.bases
+    }
+    ours = {"NLAError"}
+    while more := {name for name, base in made if base in ours} - ours:
+        ours |= more
+    assert {"NLARemoteError", "NotOnHub"} < ours
+    assert ours <= MESSAGES["_RAISED"]
 
 
 # --- tables ---------------------------------------------------------------------------------------

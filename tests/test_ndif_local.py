@@ -213,6 +213,7 @@ def enlarge(tokenizer: Path, n_tokens: int) -> None:
     tokenizer.write_text(json.dumps(read), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_client_of_the_70b_is_small(large_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All three models, and a request written out: there is no server to take it."""
     code = f"""

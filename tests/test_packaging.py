@@ -383,8 +383,8 @@ def test_every_environment_runs_what_is_about_it() -> None:
     left_out, taken = listed("IN_ONE_ENVIRONMENT"), listed("WITH_SAE_LENS")
     assert left_out | taken <= set(named)
     lenses = {name for name, text in named.items() if re.search(r"transformer_lens|sae_lens", text)}
-    assert lenses - taken == set()
-    assert lenses & left_out == set()
+    assert not lenses - taken, f"belongs into WITH_SAE_LENS: {lenses - taken}"
+    assert not lenses & left_out, f"names a framework's tool: {lenses & left_out}"
 
     def pinned(name: str) -> dict[str, str]:
         lines = (REPO / "constraints" / f"{name}.txt").read_text(encoding="utf-8").splitlines()

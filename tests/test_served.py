@@ -204,7 +204,7 @@ def test_greedy_tokens_equal_those_of_the_local_engine(
     there, here = load(serve(engine, family), family), load_pair(family, "replace")
     sent = there.verbalizer.prompt_embeds(vectors())
     assert torch.equal(sent, here.verbalizer.prompt_embeds(vectors()))
-    wishes: dict[str, Any] = {"max_new_tokens": 24, "score": False}
+    wishes: dict[str, Any] = {"max_new_tokens": 12, "score": False}
     assert ids(there.explain(vectors(), **wishes)) == ids(here.explain(vectors(), **wishes))
 
 

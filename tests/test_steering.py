@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,22 @@ def written_by_hand(plain: Any, ids_BT: Tensor, mask: Any, vector: Tensor, stren
     return grown[0, ids_BT.shape[1] :].tolist()
 
 
+def nowhere(p: int, n: int) -> bool:
+    return False
+
+
+@pytest.fixture(scope="module")
+def by_arithmetic(plain: Any, ids_BT: Tensor, vector: Tensor) -> Callable[..., Any]:
+    """`by_arithmetic(mask, strength)`: what `written_by_hand` writes, once for all frameworks."""
+    n = ids_BT.shape[1]
+
+    @cache
+    def written(mask: Any, strength: float) -> Any:
+        return written_by_hand(plain, ids_BT, lambda p: mask(p, n), vector, strength)
+
+    return written
+
+
 def close(a: Tensor, b: Tensor, within: float = 1e-6) -> None:
     torch.testing.assert_close(a, b, rtol=within, atol=within * float(b.abs().max()))
 
@@ -256,21 +273,17 @@ def forgets_its_cache(model: Any) -> bool:
 )
 @torch.no_grad()
 def test_generation_is_the_arithmetic_with_a_cache_and_without(
-    framework: Framework, plain: Any, ids_BT: Tensor, vector: Tensor,
+    framework: Framework, by_arithmetic: Any, ids_BT: Tensor, vector: Tensor,
     cached: bool, positions: Any, steps: Any, mask: Any,
 ) -> None:  # fmt: skip
-    n = ids_BT.shape[1]
     if cached and forgets_its_cache(framework.model):
         pytest.skip("this TransformerLens decodes wrongly with this transformers: docs/upstream")
-    wanted = written_by_hand(plain, ids_BT, lambda p: mask(p, n), vector, STRENGTH)
     with steer(
         framework.model, vector, layer=K, positions=positions, steps=steps, strength=STRENGTH
     ):
         found = framework.generate(ids_BT, N_NEW, cached)
-    assert found == wanted
-    assert framework.generate(ids_BT, N_NEW, cached) == written_by_hand(
-        plain, ids_BT, lambda p: False, vector, 0.0
-    )
+    assert found == by_arithmetic(mask, STRENGTH)
+    assert framework.generate(ids_BT, N_NEW, cached) == by_arithmetic(nowhere, 0.0)
 
 
 @torch.no_grad()

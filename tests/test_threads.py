@@ -180,7 +180,10 @@ def source(source_dir: Callable[[str], Path]) -> Any:
     return AutoModelForCausalLM.from_pretrained(source_dir("llama")).eval()
 
 
-@pytest.mark.parametrize("rule", RULES)
+# The other rule is that of `test_nnsight`.
+@pytest.mark.parametrize(
+    "rule", ["replace", pytest.param("norm_matched_add", marks=pytest.mark.slow)]
+)
 def test_transformers(rule: str, load: Callable[..., NLA], source: Any) -> None:
     # Copies: transformers 4.57 may leave there what recorded for two threads at once.
     nla, source = copy.deepcopy(load("transformers", rule)), copy.deepcopy(source)
