@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -11,6 +12,17 @@ from safetensors.torch import save_file
 from sizes import Settings
 from smollm import HUB_NAME
 
+CONFIG = (
+    "base_model_name_or_path",
+    "bias",
+    "inference_mode",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "r",
+    "target_modules",
+    "task_type",
+)
 FIRST = 1
 """First position that is not flagged: the very first token is a sink. Those before the tenth are
 not trained on, and score as later ones do."""
@@ -33,11 +45,14 @@ def write_half(
         figures: `scale` and `var` of the training vectors.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = network.lora.peft_config["default"]
+    config = network.lora.peft_config["default"].to_dict()
     # Beside the halves where it lies there, else the sidecar's.
-    config.base_model_name_or_path = f"../{HUB_NAME.rpartition('/')[2]}"
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
+    config["base_model_name_or_path"] = f"../{HUB_NAME.rpartition('/')[2]}"
+    config["inference_mode"] = True
+    # What every PEFT knows; a newer one's further settings are all at rest.
+    said = {name: config[name] for name in CONFIG}
+    said["target_modules"] = sorted(said["target_modules"])
+    (folder / "adapter_config.json").write_text(json.dumps(said, indent=2) + "\n")
     state = {name: tensor.bfloat16() for name, tensor in trained_state(network).items()}
     if isinstance(network, Reconstructor):
         _save({"weight": state.pop(HEAD)}, folder / HEAD)
