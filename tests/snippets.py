@@ -156,9 +156,21 @@ def _surroundings(block: Block) -> Iterator[str]:
 
 
 def check_transcript(
-    page: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    page: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    *,
+    may_differ: int = 0,
 ) -> None:
-    """Runs the script that a page shows a transcript of, and holds its lines against it."""
+    """Runs the script that a page shows a transcript of, and holds its lines against it.
+
+    Args:
+        page: The page.
+        monkeypatch: pytest's.
+        capfd: pytest's.
+        may_differ: How many lines of a natural model's texts another processor's rounding may
+            change.
+    """
     from transformers.utils import logging
 
     text = page.read_text(encoding="utf-8")
@@ -174,7 +186,7 @@ def check_transcript(
     lines = [_words(line) for line in shown[2].splitlines() if _words(line)]
     assert len(lines) > 10
     missing = [line for line in lines if line != "…" and line not in printed]
-    assert not missing, missing
+    assert len(missing) <= may_differ, missing
 
 
 def _words(text: str) -> str:

@@ -69,7 +69,7 @@ def test_saved_it_is_the_same(smol: NLA, tmp_path: Path) -> None:
     written = [path.read_text() for path in (tmp_path / "copy").rglob("nla_meta.yaml")]
     assert written and all(SMOL_SOURCE_NAME in text for text in written)
     assert not any(str(SMOL_SOURCE_DIR.parent) in text for text in written)
-    again = NLA.from_pretrained(tmp_path / "copy", base=str(SMOL_SOURCE_DIR))
+    again = NLA.from_pretrained(tmp_path / "copy")
     vector_D = nla_lens.extract(SMOL_SOURCE_DIR, SENTENCES[:1], smol.spec.layer)[0][-1]
     assert again.explain(vector_D).text == smol.explain(vector_D).text
 
@@ -77,4 +77,4 @@ def test_saved_it_is_the_same(smol: NLA, tmp_path: Path) -> None:
 def test_the_transcript_is_what_the_demo_prints(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    check_transcript(ROOT / "README.md", monkeypatch, capfd)
+    check_transcript(ROOT / "README.md", monkeypatch, capfd, may_differ=4)
