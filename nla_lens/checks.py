@@ -30,8 +30,7 @@ def to_path(path: Any) -> Path:
     """
     # As os.fspath has it, whose own words are about bytes and PathLike.
     found = path if isinstance(path, str) else getattr(path, "__fspath__", lambda: None)()
-    # Of the empty text pathlib makes the working directory.
-    if not isinstance(found, str) or not found:
+    if not isinstance(found, str):
         raise NLAError(f"{path!r:.80} is no path; expected a text or a pathlib.Path")
     # Path.expanduser raises where there is no such user; this leaves the name as it is.
     return Path(os.path.expanduser(found))

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from nla_lens import NLA, NLAError
 from nla_lens.disk.reading import read_json, read_yaml
@@ -219,4 +221,76 @@ def test_links_into_the_hubs_cache_are_followed(av: Path, tmp_path: Path) -> Non
 def test_sizes_that_the_weights_cannot_have(values: dict, av: Path) -> None:
     change_json(av / "config.json", **values)
     with pytest.raises(NLAError):
+        NLA.from_pretrained(av=av)
+
+
+# --- weights that say two things ---
+
+
+def held(av: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in load_file(av / "model.safetensors").items()}
+
+
+def hold(av: Path, **changed: torch.Tensor) -> None:
+    save_file(held(av) | changed, av / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantized_weights_without_a_word_of_it(dtype: torch.dtype, av: Path) -> None:
+    """They were cast as if they were numbers."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    hold(av, **{name: held(av)[name].to(dtype)})
+    with pytest.raises(NLAError, match=rf"{name} in .*model\.safetensors is .*quantization_config"):
+        NLA.from_pretrained(av=av)
+
+
+def test_a_weight_in_two_files(av: Path) -> None:
+    """transformers takes the last it comes by, whatever the index says."""
+    whole, name = held(av), "model.norm.weight"
+    (av / "model.safetensors").unlink()
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    save_file(whole, av / files[0], metadata={"format": "pt"})
+    save_file({name: whole[name] + 1}, av / files[1], metadata={"format": "pt"})
+    where = dict.fromkeys(whole, files[0]) | {"lm_head.weight": files[1]}
+    index = {"metadata": {}, "weight_map": where}
+    (av / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(NLAError, match=rf"{name} is in .*{files[0]} and in {files[1]}"):
+        NLA.from_pretrained(av=av)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.self_attn.q_norm.weight", "model.layers.2.self_attn.o_proj.bias",
+     "model.layers.1.self_attn.q_proj.lora_A.default.weight"],
+)  # fmt: skip
+def test_weights_that_the_model_has_no_place_for(name: str, av: Path) -> None:
+    """A family taken for another, an adapter that was never merged: left out without a word."""
+    hold(av, **{name: torch.ones(64)})
+    with pytest.raises(NLAError, match=f"no place for .*{name}"):
+        NLA.from_pretrained(av=av)
+
+
+def test_a_family_taken_for_another(av: Path) -> None:
+    """Llama is Qwen2 without the biases of its projections."""
+    change_json(av / "config.json", model_type="llama", architectures=["LlamaForCausalLM"])
+    with pytest.raises(NLAError, match=r"LlamaForCausalLM has no place for .*k_proj\.bias"):
+        NLA.from_pretrained(av=av)
+
+
+def test_what_is_not_of_the_blocks_is_left_out(av: Path) -> None:
+    more = (
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "vision_tower.encoder.layers.0.mlp.fc1.weight",
+        "model.mtp.layers.0.mlp.weight",
+        "model.layers.99.self_attn.q_proj.weight",
+        "score.weight",
+    )
+    hold(av, **{name: torch.ones(4) for name in more})
+    assert NLA.from_pretrained(av=av).spec.d_model == 64
+
+
+def test_a_weight_of_another_shape_is_named(av: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    hold(av, **{name: held(av)[name][:-2].contiguous()})
+    with pytest.raises(NLAError, match=f"of another shape .*{name}"):
         NLA.from_pretrained(av=av)

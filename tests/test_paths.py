@@ -69,7 +69,7 @@ USES: dict[str, Callable[[NLA, Any], Any]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("bad", [3, "", b"name", ["name"], Named(b"name"), Named(3)])
+@pytest.mark.parametrize("bad", [3, b"name", ["name"], Named(b"name"), Named(3)])
 def test_what_is_no_path_is_named(
     use: str, bad: Any, tiny: NLA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,3 +149,14 @@ def test_a_pipe_is_not_waited_for(use: str, suffix: str, tiny: NLA, tmp_path: Pa
     os.mkfifo(tmp_path / f"pipe{suffix}")
     with pytest.raises(NLAError):
         USES[use](tiny, tmp_path / f"pipe{suffix}")
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_no_name_is_not_the_working_directory(
+    name: str, tiny: NLA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "diary.txt").write_text("Mine.")
+    with pytest.raises(NLAError, match="names no file"):
+        explain_corpus(tiny, name, out=tmp_path / "out", max_new_tokens=2)
+    assert os.listdir(tmp_path) == ["diary.txt"]

@@ -21,6 +21,7 @@ from nla_lens.checkpoints.needed import TOKENIZER_FILES
 from nla_lens.checkpoints.sidecar import SIDECAR_NAME, Role
 from nla_lens.checkpoints.writing import sidecar_text
 from nla_lens.disk.folder import scratch, write_folder
+from nla_lens.disk.writing import writing
 from nla_lens.errors import NLAError
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ class Saveable:
         hub.check_repo(repo)
         models = _models(self)
         with scratch() as made:
-            _write(self, models, made, evaluation, name=repo)
+            with writing(made):
+                _write(self, models, made, evaluation, name=repo)
             return hub.push(made, repo, token=token, private=private, message="Add an NLA")
 
 
@@ -175,7 +177,8 @@ def _told(what: str, home: Path) -> Iterator[None]:
     """Says what could not be written."""
     try:
         yield
-    except NLAError:
+    except (NLAError, OSError):
+        # Whoever asked names the place that is meant.
         raise
     # On a full disk safetensors and tokenizers raise what is neither an OSError nor a ValueError.
     except Exception as error:

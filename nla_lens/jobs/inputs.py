@@ -26,6 +26,9 @@ def open_corpus(source: Source, *, column: str | None = None, limit: int | None 
     Raises:
         NLAError: Nothing there, no such column, or of no kind that is known; names the file.
     """
+    if isinstance(source, str) and not source.strip():
+        # To pathlib it is the working directory, with whatever is there.
+        raise NLAError(f"{source!r:.80} names no file; pass a path, or texts as a list")
     if isinstance(source, (str, os.PathLike)) or are_paths(source):
         parts, is_vectors = open_files(source, column)
     else:

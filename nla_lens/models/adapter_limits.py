@@ -90,6 +90,11 @@ def _check_tensors(path: Path) -> int:
         for key in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
             tensor = file.get_tensor(key)
             longest = max(longest, *tensor.shape, 0)
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if not tensor.is_floating_point() or tensor.itemsize < 2:
+                raise NLAError(
+                    f"{path}: {key:.200} is {tensor.dtype}; expected float32, bfloat16 or float16: "
+                    "what is quantized has scales elsewhere"
+                )
+            if not bool(tensor.isfinite().all()):
                 raise NLAError(f"{path}: {key} holds NaN or infinity")
     return longest

@@ -17,6 +17,7 @@ from typing import Any, Final
 from nla_lens.checks import is_int, is_number
 from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError
+from nla_lens.models.weight_files import check_weight_files
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 _MOST_INDEX_BYTES: Final = 64 << 20
@@ -84,9 +85,14 @@ def check_config(path: str | Path) -> None:
     named = config.get("transformers_weights")
     if named is not None:
         _check_beside(named, found, "transformers_weights", (".safetensors", ".index.json"))
+    files = {"model.safetensors"}
     for index in {INDEX_NAME, named or INDEX_NAME}:
         if is_here and index.endswith(".json") and os.path.lexists(Path(path) / index):
-            read_index(Path(path) / index)
+            shards = read_index(Path(path) / index)
+            if not os.path.isfile(Path(path) / "model.safetensors"):
+                files |= set(shards.values())
+    if is_here:
+        check_weight_files([Path(path) / name for name in sorted(files)], config)
 
 
 def check_generation_config(path: str | Path) -> None:

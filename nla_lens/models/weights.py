@@ -30,6 +30,7 @@ from nla_lens.models.small_files import (
 )
 from nla_lens.models.tokenizer_limits import check_tokenizer
 from nla_lens.models.turns import turn
+from nla_lens.models.weight_files import check_unused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -195,6 +196,8 @@ def _load(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            # They are named below; transformers' own words do not.
+            ignore_mismatched_sizes=True,
             **options,
         )
     may_miss = () if needs_final_norm else _final_norm_keys(model)
@@ -202,12 +205,22 @@ def _load(
     if missing or report["mismatched_keys"]:
         raise NLAError(
             f"{path}: the weights do not fit config.json; missing {missing[:5]}, of another shape "
-            f"{list(report['mismatched_keys'])[:5]}{advice(path)}"
+            f"{[_mismatch(m) for m in sorted(report['mismatched_keys'])[:5]]}{advice(path)}"
         )
+    check_unused(path, model, report["unexpected_keys"])
     if device is not None and device_map is None:
         with _clear_errors(path, "model"):
             model = model.to(device)
     return _frozen(model)
+
+
+def _mismatch(found: Any) -> str:
+    """A weight, its shape in the file, and the one that is due."""
+    if isinstance(found, str):
+        # transformers 4 keeps the shapes to itself.
+        return found
+    name, stored, due = found
+    return f"{name} {list(stored)} instead of {list(due)}"
 
 
 def _final_norm_keys(model: Any) -> list[str]:
