@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import base64
 import functools
+import html
 import json
 import re
 from collections.abc import Iterator
 from typing import Any, Final
-from urllib.parse import quote, quote_plus
 
 _CONTROL: Final = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -25,6 +25,8 @@ _KEY_SHAPE: Final = re.compile(r"\b[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F
 # A presigned address is a key to what it points at.
 _QUERY: Final = re.compile(r"((?:https?|wss?)://[^\s?'\"]+)\?[^\s'\"]*", re.IGNORECASE)
 _USER: Final = re.compile(r"((?:https?|wss?)://)[^\s/'\"@]*@", re.IGNORECASE)
+_ESCAPES: Final = frozenset("%\\&")
+"""What every escape begins with."""
 _LEAST_PIECE: Final = 6
 """Shorter pieces of an encoded key are found in innocent text."""
 
@@ -68,23 +70,62 @@ def scrub(text: str, key: str | None) -> str:
 
 def without_key(text: str, key: str | None) -> str:
     """A text without the API key, however it is written, and nothing else changed."""
-    return _written(key).sub(_HIDDEN, text) if key else text
+    if not key:
+        return text
+    plain, escaped = _written(key)
+    return plain.sub(_HIDDEN, escaped.sub(_HIDDEN, text) if _ESCAPES & set(text) else text)
+
+
+def without_key_in(values: Any, key: str | None, most_depth: int = 64) -> Any:
+    """The same for all texts in what JSON holds, keys of objects included.
+
+    Raises:
+        ValueError: Nested too deep.
+    """
+    if isinstance(values, str):
+        return without_key(values, key)
+    if not isinstance(values, (dict, list)):
+        return values
+    if most_depth == 0:
+        raise ValueError("nested too deep")
+    if isinstance(values, list):
+        return [without_key_in(part, key, most_depth - 1) for part in values]
+    return {
+        without_key(name, key): without_key_in(value, key, most_depth - 1)
+        for name, value in values.items()
+    }
 
 
 @functools.lru_cache(maxsize=4)
-def _written(key: str) -> re.Pattern[str]:
-    """Every way of writing a key that programs have, the longest first."""
-    found = sorted(set(_ways(key)), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, found)), re.IGNORECASE)
-
-
-def _ways(key: str) -> Iterator[str]:
+def _written(key: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Every way of writing a key that programs have, whole, and character by character."""
     # Its own characters: what holds a key may have a repr that says something else.
     key = "".join(key)
-    yield from (key, quote(key, safe=""), quote_plus(key))
-    yield from (json.dumps(key)[1:-1], repr(key)[1:-1])
-    raw = key.encode()
-    yield from (raw.hex(), "".join(f"%{byte:02x}" for byte in raw))
+    found = sorted({key, *_ways(key.encode())}, key=len, reverse=True)
+    each = "".join(map(_escaped, key))
+    return re.compile("|".join(map(re.escape, found)), re.I), re.compile(each, re.I)
+
+
+def _escaped(character: str) -> str:
+    """A pattern for a character itself or as addresses, JSON, Python and HTML escape it.
+
+    Programs do not agree on which characters they leave as they are, so any may be escaped.
+    """
+    # Bounded: a server may send millions of backslashes.
+    code, named = ord(character), html.escape(character)
+    ways = [
+        rf"\\{{0,4}}{re.escape(character)}",
+        "".join(f"%(?:25){{0,3}}{byte:02x}" for byte in character.encode()),
+        rf"\\{{1,4}}(?:u{code:04x}|x{code:02x})",
+        f"&#(?:0{{0,6}}{code}|x0{{0,6}}{code:x});?",
+        *([re.escape(named)] if named != character else []),
+        *([r"\+"] if character == " " else []),
+    ]
+    return f"(?:{'|'.join(ways)})"
+
+
+def _ways(raw: bytes) -> Iterator[str]:
+    yield raw.hex()
     for before in range(3):
         # As a piece of something longer: what neighbours change is left out.
         written = base64.b64encode(b"\0" * before + raw)[(0, 2, 3)[before] :].rstrip(b"=")

@@ -23,19 +23,32 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
         self.server.lying.heard.append((self.path, dict(self.headers)))
-        self._reply(*self.server.lying.answer(self.path))
+        self._answer(self.path)
         self.server.lying.posted.set()
 
     def do_GET(self) -> None:
         lying = self.server.lying
         lying.heard.append((self.path, dict(self.headers)))
-        if self.path == "/subscribe":
+        if self.path == "/subscribe" and not {*lying.statuses, *lying.endless} & {self.path}:
             self._subscribe()
         else:
-            self._reply(*lying.answer("/response" if "/response/" in self.path else self.path))
+            self._answer("/response" if "/response/" in self.path else self.path)
 
-    def _reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(status)
+    def _answer(self, path: str) -> None:
+        lying = self.server.lying
+        if path in lying.endless:
+            self._go_on(path)
+        else:
+            self._reply(lying.reasons.get(path), *lying.answer(path))
+
+    def _go_on(self, path: str) -> None:
+        once, again = self.server.lying.endless[path]
+        self.wfile.write(once)
+        while not self.server.lying.over.wait(0.02):
+            self.wfile.write(again)
+
+    def _reply(self, reason: str | None, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status, reason)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
@@ -54,6 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
         lying.posted.wait(20)
         for message in lying.messages:
             self._send(message)
+        if "ws" in lying.endless:
+            self._go_on("ws")
         self.rfile.read(1)
 
     def _send(self, message: str | bytes) -> None:
@@ -81,6 +96,8 @@ class LyingNDIF:
         answers: What it says by path; bytes, text, or what becomes JSON.
         headers: More headers by path.
         statuses: HTTP statuses by path, where it is not 200.
+        reasons: What stands behind a status.
+        endless: By path, or "ws" after the messages: what it sends once, and then for ever.
         session: Its first word on a websocket.
         messages: What it says there after the job was sent.
         heard: Path and headers of what was asked.
@@ -93,6 +110,9 @@ class LyingNDIF:
         self.answers: dict[str, Any] = {"/request": {"id": "1", "status": "RECEIVED"}}
         self.headers: dict[str, dict[str, str]] = {}
         self.statuses: dict[str, int] = {}
+        self.reasons: dict[str, str] = {}
+        self.endless: dict[str, tuple[bytes, bytes]] = {}
+        self.over = threading.Event()
         self.session: str | bytes = json.dumps({"session_id": "s"})
         self.messages: list[str | bytes] = []
         self.heard: list[tuple[str, dict[str, str]]] = []
@@ -117,5 +137,6 @@ class LyingNDIF:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.over.set()
         self._http.shutdown()
         self._http.server_close()

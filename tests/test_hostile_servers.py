@@ -7,6 +7,9 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
+import time
 import traceback
 import tracemalloc
 import zipfile
@@ -17,6 +20,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
+from torch import Tensor
 
 from nla_lens import NLA, NLAError, NLARemoteError
 from nla_lens.foreign import harmless, scrub, to_json
@@ -55,6 +59,31 @@ def test_a_key_is_hidden_however_it_is_written(written: str) -> None:
         assert base64.b64encode(b"\0" * start + KEY.encode()).decode()[8:20] not in shown
 
 
+def escaped(text: str) -> str:
+    return "".join(f"\\u{ord(c):04x}" for c in text)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        escaped,
+        quote,
+        lambda key: quote(quote(key)),
+        lambda key: key.replace("/", "%2f").replace("=", "%3D"),
+        lambda key: key.replace("/", "\\/"),
+        lambda key: json.dumps(json.dumps({escaped(key): 1})),
+        lambda key: "".join(f"\\x{ord(c):02x}" for c in key),
+        lambda key: key.replace("/", "&#47;").replace("+", "&#x2b;"),
+    ],
+)
+def test_a_key_is_hidden_whichever_of_its_characters_are_escaped(write: Any) -> None:
+    for before in ("", "x", "\\" * 9):
+        shown = scrub(before + write(KEY), KEY)
+        assert "<key>" in shown
+        assert not any(piece in shown for piece in ("sesame", "dich", "u0073", "x73"))
+    assert scrub("&<>\\/%2f \\u0073", KEY) == "&<>\\/%2f \\u0073"
+
+
 def test_a_key_in_an_address_is_hidden_without_being_known() -> None:
     shown = scrub("http://me:secret@host:1/x?token=secret and ws://secret@host/?k=secret", None)
     assert shown == "http://<key>@host:1/x and ws://<key>@host/"
@@ -75,9 +104,10 @@ nnsight = pytest.importorskip("nnsight")
 pytest.importorskip("tenacity")
 zstandard = pytest.importorskip("zstandard")
 
-from nla_lens.engines.ndif.results import read_result  # noqa: E402
+from nla_lens.engines.ndif.results import check_vectors, read_result  # noqa: E402
 from nla_lens.engines.ndif.wire import read_response  # noqa: E402
-from nla_lens.engines.served.server import Server  # noqa: E402
+from nla_lens.engines.served.server import Server, listed  # noqa: E402
+from nla_lens.engines.served.settings import of_sglang  # noqa: E402
 from nla_lens.models.weights import load_tokenizer  # noqa: E402
 
 
@@ -136,6 +166,20 @@ def test_a_pickle_in_a_result_does_not_run(where: str, compressed: bool, tmp_pat
         assert (tmp_path / "ran").exists()
 
 
+def within_one_another(parts: list[Any], depth: int) -> list[Any]:
+    """A thousand times the same in each of a thousand lists, and so on: a few kilobytes."""
+    return within_one_another([parts] * 1000, depth - 1) if depth else parts
+
+
+def archived(pickled: bytes) -> bytes:
+    """An archive of this structure without tensors."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a/data.pkl", pickled)
+        archive.writestr("a/version", "3")
+    return file.getvalue()
+
+
 MOST = 1 << 20
 OTHERS: dict[str, bytes] = {
     "nothing": b"",
@@ -147,6 +191,8 @@ OTHERS: dict[str, bytes] = {
     "sparse": saved({"x": torch.eye(3).to_sparse()}),
     "deep": saved({"x": [[[[[[[[[[1]]]]]]]]]]}),
     "a class": saved({"x": torch.nn.Linear(1, 1)}),
+    "a list that is in many lists": saved({"x": within_one_another([1], 6)}),
+    "a list a byte": archived(b"\x80\x02" + b"]" * (3 << 20) + b"."),
 }
 
 
@@ -233,11 +279,11 @@ def shown(error: BaseException) -> str:
     return "\n".join(told)
 
 
-def refused(remote: NLA, blocking: bool = False) -> NLARemoteError:
+def refused(remote: NLA, blocking: bool = False, seconds: float = 2.0) -> NLARemoteError:
     server = remote.verbalizer.engine.server
     server.blocking = blocking
-    server.patience.connect = server.patience.answer = 2.0
-    server.patience.queued = server.patience.running = 2.0
+    server.patience.connect = server.patience.answer = seconds
+    server.patience.queued = server.patience.running = seconds
     with pytest.raises(NLARemoteError) as caught:
         remote.explain(torch.ones(64), max_new_tokens=2)
     assert KEY not in shown(caught.value)
@@ -293,6 +339,87 @@ def test_nor_does_it_beside_a_probe(
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_key_goes_to_no_other_host(remote: NLA, lying: LyingNDIF) -> None:
+    with LyingNDIF() as other:
+        for path in ("/subscribe", "/request", "/response"):
+            lying.statuses = {path: 307}
+            there = f"{other.url}/x"
+            lying.headers = {
+                path: {"Location": there.replace("http", "ws") if path == "/subscribe" else there}
+            }
+            refused(remote, blocking=path == "/subscribe", seconds=0.5)
+        assert other.heard == []
+
+
+TRICKLE = (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n")
+ENDLESS: dict[str, tuple[str, tuple[bytes, bytes]]] = {
+    "headers of a handshake": ("/subscribe", (b"HTTP/1.1 101 On\r\n", b"a: b\r\n")),
+    "a line of a handshake": ("/subscribe", (b"", b"x" * 1000)),
+    "pings": ("ws", (b"", b"\x89\0")),
+    "a message": ("ws", (b"\x81\x7f" + (10**6).to_bytes(8, "big"), b" ")),
+    "pieces of a message": ("ws", (b"\x01\x01a", b"\0\x01a")),
+    "a result": ("/result", TRICKLE),
+    "headers of a result": ("/result", (b"HTTP/1.1 200 OK\r\n", b"a: b\r\n")),
+    "a state": ("/response", TRICKLE),
+    "go-aheads": ("/response", (b"", b"HTTP/1.1 100 Continue\r\n\r\n")),
+    "an answer to a job": ("/request", TRICKLE),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_what_has_no_end(what: str, remote: NLA, lying: LyingNDIF) -> None:
+    path, endless = ENDLESS[what]
+    lying.completed(b"")
+    lying.endless = {path: endless}
+    if path == "ws":
+        lying.messages = []
+    start = time.monotonic()
+    error = refused(remote, blocking=path in ("ws", "/subscribe"), seconds=0.5)
+    assert error.cause in ("silent", "store", "unreachable")
+    assert time.monotonic() - start < 10
+
+
+ANSWERS: dict[str, Tensor] = {
+    "floats": torch.ones(1, 2),
+    "truth values": torch.ones(1, 2, dtype=torch.bool),
+    "complex": torch.ones(1, 2, dtype=torch.complex64),
+    "below": torch.tensor([[5, -1]]),
+    "beyond": torch.tensor([[5, 10**9]]),
+    "none": torch.zeros(1, 0, dtype=torch.int64),
+    "too long": torch.full((1, 3), 5),
+    "other rows": torch.full((2, 2), 5),
+    "other axes": torch.full((2,), 5),
+}
+
+
+@pytest.mark.parametrize("what", ANSWERS)
+def test_answers_that_are_no_token_ids(what: str, remote: NLA, lying: LyingNDIF) -> None:
+    lying.completed(packed(saved({"tokens": [ANSWERS[what]]})))
+    assert "1 answers of up to 2 token ids" in str(refused(remote))
+    lying.completed(packed(saved({"tokens": [torch.full((1, 2), 5)]})))
+    assert remote.explain(torch.ones(64), max_new_tokens=2).token_ids == [5, 5]
+
+
+@pytest.mark.parametrize(
+    "resid_ND",
+    [
+        *(torch.ones(2, 5), torch.ones(4), torch.ones(2, 4).int()),
+        *(torch.ones(2, 4) * 1j, torch.tensor([[1.0, 2, 3, torch.nan]])),
+    ],
+)
+def test_vectors_that_are_none(resid_ND: Tensor) -> None:
+    with pytest.raises(NLARemoteError, match=r"vectors of d_model=4 were asked for, and torch\."):
+        check_vectors(resid_ND, 4)
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_the_state_of_another_job(remote: NLA, lying: LyingNDIF, blocking: bool) -> None:
+    lying.completed(packed(saved({"tokens": [torch.full((1, 2), 5)]})))
+    other = {**lying.answers["/response"], "id": "2"}
+    lying.answers["/response"], lying.messages = other, [json.dumps(other)]
+    assert "another job" in str(refused(remote, blocking))
+
+
 LIES: dict[str, Callable[[LyingNDIF], object]] = {
     "no JSON": lambda s: s.answers.update({"/request": b"<html>"}),
     "the key in a refusal": lambda s: (
@@ -310,6 +437,14 @@ LIES: dict[str, Callable[[LyingNDIF], object]] = {
     "the key in a result's address": lambda s: s.answers.update(
         {"/response": {"id": "1", "status": "COMPLETED", "data": f"{s.url}/{KEY}?{KEY}"}}
     ),
+    "the key behind a status": lambda s: (
+        s.statuses.update({"/request": 500}),
+        s.reasons.update({"/request": f"\x1b[2J {KEY}"}),
+    ),
+    "half an address": lambda s: s.answers.update(
+        {"/response": {"id": "1", "status": "COMPLETED", "data": "http://[::1"}}
+    ),
+    "no result": lambda s: s.answers.update({"/response": {"id": "1", "status": "COMPLETED"}}),
     "no address": lambda s: s.answers.update(
         {"/response": {"id": "1", "status": "COMPLETED", "data": "file:///etc/passwd"}}
     ),
@@ -330,8 +465,7 @@ def test_lies_of_ndif(lie: str, remote: NLA, lying: LyingNDIF, caplog: Any) -> N
     LIES[lie](lying)
     told = str(refused(remote))
     assert harmless(told) == told
-    logged = [r.getMessage() for r in caplog.records if not r.name.startswith("httpcore")]
-    assert KEY[:12] not in "".join(logged)
+    assert KEY[:12] not in caplog.text and "\x1b" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -392,6 +526,23 @@ VLLM_LIES: dict[str, Callable[[LyingNDIF], object]] = {
         s.statuses.update({POST: 401}),
         s.answers.update({POST: " " * 6395 + KEY}),
     ),
+    "as a finish reason, escaped": lambda s: s.answers.update(
+        {POST: json.dumps(answered(token_ids=[], finish_reason="KEY")).replace("KEY", escaped(KEY))}
+    ),
+    "as a model, escaped": lambda s: s.answers.update(
+        {"/v1/models": json.dumps({"data": [{"id": "?"}]}).replace("?", escaped("x" * 110 + KEY))}
+    ),
+    "behind a status": lambda s: (
+        s.statuses.update({POST: 500}),
+        s.reasons.update({POST: f"\x1b[2J {KEY}"}),
+    ),
+    "in a header": lambda s: (
+        s.statuses.update({POST: 500}),
+        s.headers.update({POST: {"X-Key": KEY}}),
+    ),
+    "in a deep finish reason": lambda s: s.answers.update(
+        {POST: json.dumps(answered(finish_reason=0)).replace("0}", f"{'[' * 900}{']' * 900}}}")}
+    ),
     "encoded": lambda s: (
         s.statuses.update({POST: 500}),
         s.answers.update({POST: base64.b64encode(f"Bearer {KEY}".encode()) + KEY.encode()}),
@@ -415,9 +566,7 @@ def test_lies_of_vllm(lie: str, av: Path, lying: LyingNDIF, caplog: Any) -> None
     lying.answers.update({"/v1/models": {"data": [{"id": str(av)}]}, POST: answered()})
     VLLM_LIES[lie](lying)
     vllm_refuses(av, lying)
-    # httpcore writes all headers that come in into its DEBUG log, whoever asks.
-    logged = [r.getMessage() for r in caplog.records if not r.name.startswith("httpcore")]
-    assert KEY[:12] not in "".join(logged)
+    assert KEY[:12] not in caplog.text and "\x1b" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -470,3 +619,30 @@ def test_our_own_words_are_left_as_they_are() -> None:
     """What holds a key shows it as `<key>`; that is no way of writing it."""
     error = Server("http://127.0.0.1:1", api_key="another").error("does not accept the API key")
     assert "does not accept the API key" in str(error) and "another" not in str(error)
+
+
+@pytest.mark.parametrize("chunk", [10**4000, 1e999])
+def test_settings_that_are_odd_numbers(chunk: Any) -> None:
+    told = of_sglang({"chunked_prefill_size": chunk}, Server("http://h"), "float32", frozenset())
+    assert len(told.wrong) == 1 and len(told.wrong[0]) < 400
+
+
+def test_a_length_that_is_no_number() -> None:
+    for length in (True, -1, 1.5, "9", None):
+        cards = {"data": [{"id": "m", "max_model_len": length}]}
+        assert listed(cards, "http://h")[0].max_len is None
+
+
+def test_nnsight_was_imported_first() -> None:
+    """It gives every object a `save`, with which anyio cannot be imported."""
+    code = """
+import nnsight, sys
+from nla_lens.engines.http import import_anyio
+assert "anyio._backends._asyncio" not in sys.modules
+had = hasattr(object, "save")
+import_anyio()
+import anyio.abc
+assert hasattr(object, "save") == had
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -158,7 +158,7 @@ def _get(host: str, path: str, headers: Mapping[str, str] | None = None) -> Any:
     from nla_lens.engines.ndif.wire import ask
 
     try:
-        answer = ask("GET", f"{host}{path}", timeout=_TIMEOUT, headers=headers)
+        answer = ask("GET", f"{host}{path}", seconds=_TIMEOUT, headers=headers)
     except SettingsError as error:
         raise ValueError(str(error)) from None
     if answer.status != httpx.codes.OK:
@@ -215,7 +215,7 @@ def _refusal(host: str, key: str | None) -> str | None:
         f"{host}/request",
         data={"data": json.dumps({"model_key": "none"})},
         headers={"ndif-api-key": key} if key else None,
-        timeout=_TIMEOUT,
+        seconds=_TIMEOUT,
     )
     return " ".join(detail(answer).split()) if answer.status in _REFUSALS else None
 

@@ -104,7 +104,7 @@ def _embeddings(engine: ServedVerbalizer, prompt: Prompt) -> Finding:
     name = "embeddings are read as they are sent"
     try:
         by_ids, by_embeds = _readings(engine, prompt)
-    except (NLAError, LookupError, TypeError, ValueError) as error:
+    except (NLAError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         return Finding(name, None, f"could not be compared ({' '.join(str(error).split())[:200]})")
     apart = [abs(a - b) for a, b in zip(by_ids[1], by_embeds[1], strict=True)]
     if by_ids[0] == by_embeds[0] and max(apart, default=1.0) <= _SAME:

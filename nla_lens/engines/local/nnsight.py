@@ -146,7 +146,7 @@ class NNsightVerbalizer(_Half):
             {**self.options(job.max_new_tokens), **more},
             temperature=job.temperature,
             seeds=seeds,
-            backend=self._backend(),
+            backend=self._backend(len(rows) * job.max_new_tokens),
         )
 
     def rehearse(self, script: Script) -> list[Tensor]:
@@ -172,10 +172,11 @@ class NNsightVerbalizer(_Half):
         }
 
     def _read(self, path: str, prompts: Any, positions: Any) -> Tensor:
-        return read(self.model, path, prompts, positions, backend=self._backend())
+        n_numbers = sum(map(len, positions)) * width_of(self.model._module)
+        return read(self.model, path, prompts, positions, backend=self._backend(n_numbers))
 
-    def _backend(self) -> Any:
-        """What runs a trace; None is this process."""
+    def _backend(self, n_numbers: int) -> Any:
+        """What runs a trace that brings so many numbers back; None is this process."""
         return None
 
 
@@ -209,10 +210,11 @@ class NNsightReconstructor(_Half):
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         positions = [[len(prompt) - 1] for prompt in prompts]
-        return read(self.model, self._last, prompts, positions, backend=self._backend())
+        n_numbers = len(prompts) * width_of(self.model._module)
+        return read(self.model, self._last, prompts, positions, backend=self._backend(n_numbers))
 
-    def _backend(self) -> Any:
-        """What runs a trace; None is this process."""
+    def _backend(self, n_numbers: int) -> Any:
+        """What runs a trace that brings so many numbers back; None is this process."""
         return None
 
 

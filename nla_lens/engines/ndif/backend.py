@@ -23,7 +23,6 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from nla_lens.engines.ndif.errors import SilenceError, StoreError
 from nla_lens.engines.ndif.results import MOST_BYTES, read_result
-from nla_lens.engines.ndif.time_limit import within
 from nla_lens.engines.ndif.wire import BoundedSocket, ask, detail, read_response, session, word
 from nla_lens.foreign import harmless, scrub
 from nla_lens.progress import show_state
@@ -41,7 +40,7 @@ class Patience:
     Attributes:
         connect: For a connection, tries included.
         answer: For the server to take a job, its upload included; for it to say how a polled job
-            is doing, tries included; and between two pieces of a result.
+            is doing, tries included; and for a result, with a second more for each 16 KiB of it.
         queued: Without a word while waiting in line, for a model that is being loaded included.
         running: Without a word while the model runs.
     """
@@ -81,6 +80,8 @@ class NDIFBackend(RemoteBackend):
         poll_for_result: Submit without a connection and ask for the result: a lost connection then
             costs nothing.
     """
+
+    job_id: str | None
 
     def __init__(
         self,
@@ -123,6 +124,9 @@ class NDIFBackend(RemoteBackend):
 
     def note(self, response: Any) -> bool:
         """See `RemoteBackend.note`; states are logged for `nla_lens.remote`, and shown."""
+        job_id, self.job_id = self.job_id, response.id
+        if job_id not in (None, response.id):
+            raise RemoteError("the server answers with the state of another job")
         words = (harmless(scrub(w, self.api_key)) for w in (response.id, response.description))
         said = (next(words), response.status.value, next(words))
         # Whoever polls hears the same again and again.
@@ -165,12 +169,11 @@ class NDIFBackend(RemoteBackend):
 
     def _subscribed(self) -> tuple[Any, str]:
         """A connection, and the server's name for it."""
-        connection = websocket.create_connection(
+        connection = BoundedSocket.opened(
             f"{self.ws_host}/subscribe",
-            header={"ndif-api-key": self.api_key} if self.api_key else None,
-            timeout=self.patience.connect,
-            class_=BoundedSocket,
+            self.patience.connect,
             most_bytes=self.most_bytes,
+            header=self._key() or None,
         )
         try:
             return connection, session(word(connection))
@@ -181,12 +184,7 @@ class NDIFBackend(RemoteBackend):
     def _post(self, request: RequestModel, blob: bytes) -> Any:
         """See `RemoteBackend._post`, which waits 600 s for an answer and can be told no less."""
         # Tried again only where the server cannot have taken the job: see `_may_pass`.
-        return self._again(
-            lambda: within(
-                self.patience.answer, "the request was sent", self._posted, request, blob
-            ),
-            self.patience.connect,
-        )
+        return self._again(lambda: self._posted(request, blob), self.patience.connect)
 
     def _posted(self, request: RequestModel, blob: bytes) -> ResponseModel:
         """What nnsight's `_post` does, of whose answer there is no end."""
@@ -199,11 +197,14 @@ class NDIFBackend(RemoteBackend):
             answer = ask(
                 "POST",
                 f"{self.host}/request",
-                timeout=httpx.Timeout(self.patience.answer, connect=self.patience.connect),
+                seconds=self.patience.answer,
+                connect=self.patience.connect,
                 headers={**told, **self._key()},
                 data={"data": request.metadata()},
                 files={"blob": ("request", blob, "application/octet-stream")},
             )
+        except (httpx.ReadTimeout, httpx.WriteTimeout):
+            raise SilenceError("the request was sent", self.patience.answer) from None
         except httpx.HTTPError as error:
             raise RemoteError(f"Failed to send request: {error}") from error
         if answer.status != httpx.codes.OK:
@@ -230,7 +231,7 @@ class NDIFBackend(RemoteBackend):
 
     def _polled(self, request: RequestModel, blob: bytes) -> Any:
         response = self._post(request, blob)
-        self.job_id, heard, pause = response.id, time.monotonic(), 0.1
+        heard, pause = time.monotonic(), 0.1
         self.note(response)
         while True:
             last = self.status
@@ -253,7 +254,7 @@ class NDIFBackend(RemoteBackend):
             "GET",
             f"{self.host}/response/{self.job_id}",
             headers=self._key(),
-            timeout=min(self.patience.connect, self.patience.answer),
+            seconds=min(self.patience.connect, self.patience.answer),
         )
         # No state is written down yet.
         if answer.status == httpx.codes.NOT_FOUND:
@@ -264,19 +265,27 @@ class NDIFBackend(RemoteBackend):
 
     def download_result(self, url: Any) -> Any:
         """See `RemoteBackend.download_result`; what is paid for is asked for more than once."""
+        if isinstance(url, (bytes, bytearray)):
+            return self.finalize(bytes(url))
         if not isinstance(url, str) or not url:
-            return super().download_result(url)
+            raise StoreError("the server says that the job is done, and gives no result")
         if scrub(url, self.api_key) != scrub(url, None):
             raise StoreError("the server names a place with the API key in its address")
         try:
             content = self._again(lambda: self._fetched(url), self.patience.connect)
-        except httpx.HTTPError as error:
+        # ValueError: of what is no address.
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise StoreError(str(error)) from error
         return self.finalize(content)
 
     def _fetched(self, url: str) -> bytes:
-        timeout = httpx.Timeout(self.patience.connect, read=self.patience.answer)
-        answer = ask("GET", url, timeout=timeout, most_bytes=self.most_bytes)
+        answer = ask(
+            "GET",
+            url,
+            seconds=self.patience.answer,
+            connect=self.patience.connect,
+            most_bytes=self.most_bytes,
+        )
         if answer.status != httpx.codes.OK:
             raise StoreError(f"HTTP {answer.status} from {url}")
         return answer.content

@@ -27,9 +27,10 @@ from nla_lens.engines import Job
 from nla_lens.engines.local.nnsight import NNsightReconstructor, NNsightVerbalizer
 from nla_lens.engines.local.nnsight_package import import_nnsight
 from nla_lens.engines.local.nnsight_threads import let_threads
+from nla_lens.engines.ndif.results import check_ids, check_vectors
 from nla_lens.engines.ndif.server import Server
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import width_of
+from nla_lens.models.anatomy import text_model, width_of
 from nla_lens.models.placement import Placement
 from nla_lens.models.small_files import check_generation_config
 from nla_lens.models.tokens import find_eos_ids
@@ -95,9 +96,9 @@ class RemoteModel:
         key = model_key(model, repo, is_local=path is not None)
         return cls(called, model, key, server, (name, path, server, tokenizer, revision))
 
-    def backend(self) -> Any:
-        """What runs one trace."""
-        return self.server.backend(self.model, self.key)
+    def backend(self, n_numbers: int) -> Any:
+        """What runs one trace that brings so many numbers back."""
+        return self.server.backend(self.model, self.key, n_numbers)
 
 
 def model_key(model: Any, repo: str, *, is_local: bool) -> str:
@@ -153,6 +154,7 @@ class NDIFVerbalizer(_Half, NNsightVerbalizer):
         # A shape without weights.
         self.hf_model = None
         self.remote = remote
+        self._vocab_size = int(text_model(remote.model._module).config.vocab_size)
 
     @property
     def server(self) -> Server:
@@ -165,14 +167,17 @@ class NDIFVerbalizer(_Half, NNsightVerbalizer):
 
     def _generate(self, job: Job, rows: range, **more: Any) -> Tensor:
         with self.server.told(self.remote.name):
-            return super()._generate(job, rows, **more)
+            ids_BN = super()._generate(job, rows, **more)
+            check_ids(ids_BN, len(rows), job.max_new_tokens, self._vocab_size)
+            return ids_BN
 
     def _read(self, path: str, prompts: Any, positions: Any) -> Tensor:
         with self.server.told(self.remote.name):
-            return super()._read(path, prompts, positions)
+            resid_ND = super()._read(path, prompts, positions)
+            return check_vectors(resid_ND, width_of(self.model._module))
 
-    def _backend(self) -> Any:
-        return self.remote.backend()
+    def _backend(self, n_numbers: int) -> Any:
+        return self.remote.backend(n_numbers)
 
 
 class NDIFReconstructor(_Half, NNsightReconstructor):
@@ -198,10 +203,10 @@ class NDIFReconstructor(_Half, NNsightReconstructor):
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         with self.server.told(self.remote.name):
-            return super()._read(prompts)
+            return check_vectors(super()._read(prompts), width_of(self.model._module))
 
-    def _backend(self) -> Any:
-        return self.remote.backend()
+    def _backend(self, n_numbers: int) -> Any:
+        return self.remote.backend(n_numbers)
 
 
 def request_batches(lengths: Sequence[int], batch_size: int | None = None) -> Iterator[list[int]]:

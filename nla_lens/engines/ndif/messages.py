@@ -22,6 +22,8 @@ _VALUES: Final = {
     *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
 }
+_MOST_PARTS: Final = 10_000
+"""A state has some ten: its fields, and bytes that are a result."""
 _TUPLES: Final = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -56,8 +58,10 @@ def _values(pickled: bytes) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
-    for op, argument, _ in pickletools.genops(pickled):
+    for n, (op, argument, _) in enumerate(pickletools.genops(pickled)):
         name = op.name
+        if n > _MOST_PARTS:
+            raise ValueError("too many parts")
         if name in ("PROTO", "FRAME"):
             continue
         if name == "STOP":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -22,6 +21,9 @@ from nla_lens.errors import NLARemoteError
 MOST_BYTES: Final = 512 << 20
 """Of a result unless the caller says otherwise: 16,000 positions of a 70B model."""
 _MOST_DEPTH: Final = 8
+_MOST_STRUCTURE: Final = 2 << 20
+"""Bytes of the pickle without what is in tensors: 400,000 numbers in lists; a list has one."""
+_BYTES_A_VALUE: Final = 8
 _PLAIN: Final = (str, bytes, int, float, bool, complex, type(None), torch.Size, torch.dtype)
 
 
@@ -42,7 +44,7 @@ def read_result(content: bytes, *, compressed: bool, most_bytes: int = MOST_BYTE
         _check_archive(content, most_bytes)
         archive = io.BytesIO(with_protocol_2(content))
         values = torch.load(archive, map_location="cpu", weights_only=True)
-        _check_values(values, most_bytes, _MOST_DEPTH)
+        _check_values(values, most_bytes, _MOST_DEPTH, {})
         return values
     except NLARemoteError as error:
         wrong = str(error)
@@ -54,6 +56,35 @@ def read_result(content: bytes, *, compressed: bool, most_bytes: int = MOST_BYTE
         "and dicts of them are taken from a server",
         cause="store",
     )
+
+
+def check_ids(ids_BN: Tensor, n_rows: int, most: int, vocab_size: int) -> None:
+    """Raises an NLARemoteError for what are no answers of up to `most` token ids each."""
+    fits = ids_BN.ndim == 2 and len(ids_BN) == n_rows and 0 < ids_BN.shape[1] <= most
+    integers = not (ids_BN.is_floating_point() or ids_BN.is_complex() or ids_BN.dtype == torch.bool)
+    if not (fits and integers and bool(((ids_BN >= 0) & (ids_BN < vocab_size)).all())):
+        raise NLARemoteError(
+            f"the server's result is refused: {n_rows} answers of up to {most} token ids below "
+            f"{vocab_size} were asked for, and {_words(ids_BN)} came: does it run this model?",
+            cause="store",
+        )
+
+
+def check_vectors(resid_ND: Tensor, d_model: int, *, finite: bool = True) -> Tensor:
+    """The same vectors; an NLARemoteError for what are none."""
+    fits = resid_ND.ndim == 2 and resid_ND.shape[1] == d_model and resid_ND.is_floating_point()
+    if not fits or (finite and not bool(resid_ND.isfinite().all())):
+        raise NLARemoteError(
+            f"the server's result is refused: finite vectors of d_model={d_model} were asked for, "
+            f"and {_words(resid_ND)} came: does it run this model?",
+            cause="store",
+        )
+    return resid_ND
+
+
+def _words(tensor: Tensor) -> str:
+    values = "" if tensor.is_complex() or not tensor.numel() else f" from {tensor.min().item()} on"
+    return f"{tensor.dtype} {list(tensor.shape)}{values}"
 
 
 def _unpacked(content: bytes, most_bytes: int) -> bytes:
@@ -76,10 +107,12 @@ def _check_archive(content: bytes, most_bytes: int) -> None:
         raise NLARemoteError("its archive is compressed, which torch.save's are not")
     if sum(entry.file_size for entry in entries) > min(len(content), most_bytes):
         raise NLARemoteError("its archive unfolds to more than it is")
+    if any(e.file_size > _MOST_STRUCTURE for e in entries if e.filename.endswith("data.pkl")):
+        raise NLARemoteError("it has too many parts")
 
 
-def _check_values(value: Any, most_bytes: int, depth: int) -> int:
-    """Bytes of the tensors in a value; one row that a tensor shows many times counts each time."""
+def _check_values(value: Any, most_bytes: int, depth: int, seen: dict[tuple[int, int], int]) -> int:
+    """Bytes of a value; what stands in it many times counts each time, and is looked at once."""
     if depth < 0:
         raise NLARemoteError(f"it is nested deeper than {_MOST_DEPTH} levels")
     if isinstance(value, Tensor):
@@ -89,13 +122,15 @@ def _check_values(value: Any, most_bytes: int, depth: int) -> int:
         if value.device.type != "cpu":
             raise NLARemoteError(f"it holds a tensor without values ({value.device.type})")
         found = value.numel() * value.element_size()
-    elif type(value) in (list, tuple):
-        found = sum(_check_values(part, most_bytes, depth - 1) for part in value)
-    elif isinstance(value, Mapping) and isinstance(value, dict):
-        found = sum(_check_values(part, most_bytes, depth - 1) for part in value.values())
-        found += sum(_check_values(key, most_bytes, 0) for key in value)
+    elif type(value) in (list, tuple) or isinstance(value, dict):
+        at = (id(value), depth)
+        if at not in seen:
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            each = (_check_values(part, most_bytes, depth - 1, seen) for part in parts)
+            seen[at] = sum(each) + _BYTES_A_VALUE
+        found = seen[at]
     elif type(value) in _PLAIN:
-        found = 0
+        found = _BYTES_A_VALUE
     else:
         raise NLARemoteError(f"it holds a {type(value).__name__}")
     if found > most_bytes:

@@ -14,6 +14,8 @@ from nla_lens.errors import NLAError
 from nla_lens.foreign import scrub
 
 LOCAL: Final = "local"
+_BYTES_A_NUMBER: Final = 8
+_BYTES_AROUND: Final = 1 << 20
 
 
 @dataclass
@@ -65,8 +67,8 @@ class Server:
         key: str | None = _api().APIKEY
         return key
 
-    def backend(self, model: Any, key: str) -> Any:
-        """What runs one trace there."""
+    def backend(self, model: Any, key: str, n_numbers: int) -> Any:
+        """What runs one trace there, and takes no more than so many numbers back."""
         if self.host == LOCAL:
             return SimulatedBackend(model, self.traffic)
         return NDIFBackend(
@@ -76,7 +78,7 @@ class Server:
             host=self.host,
             env=model._remoteable_get_env(),
             poll_for_result=not self.blocking,
-            most_bytes=self.most_bytes,
+            most_bytes=min(self.most_bytes, n_numbers * _BYTES_A_NUMBER + _BYTES_AROUND),
         )
 
     def told(self, what: str) -> Any:

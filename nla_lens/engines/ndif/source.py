@@ -12,8 +12,10 @@ from torch import Tensor
 
 from nla_lens.engines.local.nnsight_traces import PLAIN, Places, read, write_on
 from nla_lens.engines.ndif.engine import RemoteModel, model_key, request_batches
+from nla_lens.engines.ndif.results import check_ids, check_vectors
 from nla_lens.engines.ndif.server import Server
 from nla_lens.errors import NLAError
+from nla_lens.models.anatomy import text_model, width_of
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_tokenizer
 from nla_lens.stream.hook_point import ResidPost
@@ -77,7 +79,7 @@ class NDIFSource:
     ) -> list[Tensor]:
         """The residual stream at some tokens of prompts, `[n_i, d]` each."""
         found: dict[int, Tensor] = {}
-        path = self._places.resid(place)
+        path, width = self._places.resid(place), width_of(self.remote.model._module)
         for rows in request_batches([len(prompt) for prompt in prompts], batch_size):
             picked = [positions[row] for row in rows]
             with self.remote.server.told(self.remote.name), torch.inference_mode():
@@ -86,8 +88,9 @@ class NDIFSource:
                     path,
                     [prompts[row] for row in rows],
                     picked,
-                    backend=self.remote.backend(),
+                    backend=self.remote.backend(sum(map(len, picked)) * width),
                 )
+                check_vectors(resid_ND, width, finite=False)
             parts = resid_ND.clone().split([len(part) for part in picked])
             found |= dict(zip(rows, parts, strict=True))
         return [found[row] for row in range(len(prompts))]
@@ -103,6 +106,9 @@ class NDIFSource:
         options = {**PLAIN, "max_new_tokens": n, "pad_token_id": min(ends, default=0)}
         options["eos_token_id"] = sorted(ends) or None
         with self.remote.server.told(self.remote.name), torch.inference_mode():
-            written = write_on(self.remote.model, ids, options, backend=self.remote.backend())
+            model, backend = self.remote.model, self.remote.backend(n)
+            written = write_on(model, ids, options, backend=backend)
+            vocab_size = int(text_model(model._module).config.vocab_size)
+            check_ids(torch.tensor([written]), 1, n, vocab_size)
         over = next((i for i, token in enumerate(written) if token in ends), len(written))
         return written[:over]

@@ -34,7 +34,7 @@ def compare(host: str, timeout: float) -> dict[str, tuple[str, str]]:
         NLAError: The server does not say.
     """
     try:
-        answer = ask("GET", f"{host}/env", timeout=timeout)
+        answer = ask("GET", f"{host}/env", seconds=timeout)
         there = answer.json()["packages"]
         return {name: (_here(name), str(there.get(name, "unknown"))) for name in MUST_AGREE}
     except _NO_ANSWER as error:

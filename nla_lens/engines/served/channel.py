@@ -20,9 +20,10 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from nla_lens.engines.http import clean_logs, import_anyio
 from nla_lens.engines.served.server import Server
 from nla_lens.errors import NLAError, NLARemoteError
-from nla_lens.foreign import harmless, scrub, without_key
+from nla_lens.foreign import harmless, scrub, without_key_in
 
 if TYPE_CHECKING:
     import httpx
@@ -137,6 +138,7 @@ class Channel:
             NLARemoteError: Whatever went wrong.
         """
         failure: NLARemoteError
+        clean_logs(self._server.api_key)
         try:
             return await coroutine
         except NLARemoteError as error:
@@ -162,7 +164,7 @@ class Channel:
             raise error.told from None
         try:
             # A server may repeat the key anywhere, and its words are quoted.
-            return json.loads(without_key(data.decode("utf-8"), self._server.api_key))
+            return without_key_in(json.loads(data), self._server.api_key)
         # Deeply nested: RecursionError.
         except (ValueError, RecursionError):
             raise self._error(f"answered {path} with something that is not JSON") from None
@@ -295,6 +297,8 @@ def _need_packages() -> None:
     try:
         import httpx
         import tenacity
+
+        import_anyio()
     except ImportError as error:
         raise NLAError(
             f"talking to a server needs {error.name}: pip install 'nla-lens[servers]'"

@@ -188,7 +188,7 @@ def _served(card: Any) -> Served | None:
     return Served(
         card["id"],
         root if isinstance(root, str) else card["id"],
-        length if isinstance(length, int) and length > 0 else None,
+        length if is_int(length) and (length or 0) > 0 else None,
     )
 
 

@@ -106,10 +106,10 @@ def of_sglang(
             f"{SGLANG_FLAGS}"
         )
     chunk = settings.get("chunked_prefill_size")
-    if is_number(chunk) and float(chunk or 0) > 0:
+    if is_number(chunk) and (chunk or 0) > 0:
         wrong.append(
-            f"cuts prompts into chunks (chunked_prefill_size={chunk}), those sent as embeddings, "
-            f"too, whenever a batch is longer than one: start it with {SGLANG_FLAGS}"
+            f"cuts prompts into chunks (chunked_prefill_size={_words(chunk)}), those sent as "
+            f"embeddings, too, whenever a batch is longer than one: start it with {SGLANG_FLAGS}"
         )
     for key, flag in (
         ("skip_tokenizer_init", "--skip-tokenizer-init"),

@@ -103,7 +103,7 @@ class VLLMVerbalizer(ServedVerbalizer):
         if len(choices) != n or set(found) != set(range(n)):
             raise self.error(
                 f"answered a request for {n} vectors with {len(choices)} choices, numbered "
-                f"{sorted(found)[:5]}"
+                f"{str(sorted(found))[:80]}"
             )
         return [
             Generated(found[i].get("token_ids"), str(found[i].get("finish_reason")))
