@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import nla_lens
@@ -116,6 +117,18 @@ def test_what_cannot_be_fetched_names_the_repository_and_the_remedy() -> None:
         NLA.from_pretrained("someone/something")
     with pytest.raises(NLAError, match=r"someone/an-av cannot be fetched"):
         NLA.from_pretrained(av="someone/an-av")
+
+
+def test_a_panic_in_rust_is_an_error_of_the_file(av: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fuzzer found one: merges that the tokenizers library cannot slice."""
+    panic = type("PanicException", (BaseException,), {})
+
+    def loading(*args: object, **options: object) -> None:
+        raise panic("range end index 12 out of range for slice of length 11")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loading)
+    with pytest.raises(NLAError, match=r"the tokenizer of .* cannot be loaded \(PanicException"):
+        NLA.from_pretrained(av=av)
 
 
 def test_adapters_whose_base_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

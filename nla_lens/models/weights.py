@@ -243,8 +243,11 @@ def _clear_errors(path: str | Path, what: str) -> Iterator[None]:
         yield
     except NLAError:
         raise
-    # transformers and the parsers under it raise whatever a damaged file makes them trip over.
-    except Exception as error:
+    # transformers and the parsers under it raise whatever a damaged file makes them trip over; what
+    # the tokenizers library raises when its Rust panics is no Exception.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:400]
         raise NLAError(
             f"the {what} of {path} cannot be loaded ({type(error).__name__}: {reason})"
