@@ -27,6 +27,7 @@ SHOWN = {
     "SECURITY.md": "project/security.md",
     "CHANGELOG.md": "project/changelog.md",
     "tutorials/tiny_nla/MODEL_CARD.md": "project/tiny.md",
+    "tutorials/smol_nla/MODEL_CARD.md": "project/smol.md",
 }
 _EXAMPLE = re.compile(r"^( *)>>> .*(?:\n\1(?:>>>|\.\.\.) .*)*", re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
