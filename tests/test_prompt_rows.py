@@ -178,7 +178,7 @@ def spoil(change: Callable[[torch.Tensor], Any]) -> Callable[[Path], None]:
         (spoil_bytes, "safetensors"),
         (Path.unlink, "no model.safetensors"),
         (spoil(lambda table: table[:, 0].clone()), "vocab, d"),
-        (spoil(lambda table: table.to(torch.int8)), "vocab, d"),
+        (spoil(lambda table: table.to(torch.int8)), "is I8"),
         (spoil(lambda table: table * float("nan")), "NaN"),
         (spoil(lambda table: table[:100].clone()), "go beyond"),
     ],
