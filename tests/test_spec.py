@@ -776,5 +776,5 @@ def test_integers_too_large_to_show(make) -> None:
     sidecar.write_text(
         text.replace(f"d_model: {D}", "d_model: 0x" + "f" * 5000, 1), encoding="utf-8"
     )
-    with pytest.raises(NLAError, match="nla_meta.yaml .*an integer of more than 300 digits"):
+    with pytest.raises(NLAError, match=r"nla_meta\.yaml .*an integer of more than 300 digits"):
         halves.read()
