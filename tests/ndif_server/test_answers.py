@@ -127,13 +127,14 @@ def test_a_probe_on_a_model_that_runs_there(
         str(models["source"]), task="text-generation", tokenizer=engine.model.tokenizer
     )
     # nnsight asks the hub for the spelling of a name; a directory has none.
-    backend = replace(engine.remote, model=model, key=model_key(models["source"])).backend()
+    there = replace(engine.remote, model=model, key=model_key(models["source"]))
+    backend = there.backend(nla.spec.d_model)
     with nla_lens.attach(model, nla), model.trace(TEXTS[0], backend=backend):
         h = model.model.layers[K].output[0, -1].save()
     local = nla_lens.extract(models["source"], TEXTS[:1], K, positions=[-1])[0][0]
     assert torch.equal(h.as_ordinary(), local.as_ordinary())
-    there, here = (resid.explain(nla, max_new_tokens=4) for resid in (h, local))
-    assert (there.text, there.position, there.token) == (here.text, here.position, here.token)
+    said, wanted = (resid.explain(nla, max_new_tokens=4) for resid in (h, local))
+    assert (said.text, said.position, said.token) == (wanted.text, wanted.position, wanted.token)
 
 
 def test_blocks_of_users_who_are_not_trusted(
