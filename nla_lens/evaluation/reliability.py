@@ -49,8 +49,10 @@ def _auroc(trust_N: Any, right_N: Any) -> float:
     By ranks (Mann and Whitney): each interval takes hundreds, and what scikit-learn's own checks of
     its arguments took was most of a calibration.
     """
-    _, level_N, count_L = np.unique(trust_N, return_inverse=True, return_counts=True)
-    rank_N = (np.cumsum(count_L) - (count_L - 1) / 2)[level_N]
+    # scikit-learn, which fits calibrations, brings it.
+    from scipy.stats import rankdata
+
+    rank_N = rankdata(trust_N)
     n_right = int(np.count_nonzero(right_N))
     above = rank_N[right_N.astype(bool)].sum() - n_right * (n_right + 1) / 2
     return float(above / (n_right * (len(right_N) - n_right)))

@@ -54,8 +54,6 @@ def plot(explanations: Sequence[Explanation], nla: Any = None, vectors: Any = No
         raise NLAError("none of these explanations is scored; a reconstructor is needed for a plot")
     if (nla is None) != (vectors is None):
         raise NLAError("the control needs both nla= and vectors=")
-    if nla is not None:
-        check_nla(nla)
     control = None if nla is None else _control(explanations, nla, vectors)
     values = [getattr(e, name) for e in scored]
     figure, ((a, b), (c, d)) = import_pyplot().subplots(2, 2, figsize=(9, 6), layout="constrained")
@@ -80,6 +78,7 @@ def _control(
     explanations: Sequence[Explanation], nla: Any, vectors: Any
 ) -> tuple[list[float], list[float]]:
     """cos of each vector with its own text, and with that of another one."""
+    check_nla(nla)
     n = len(explanations)
     if len(vectors) != n or n < 2:
         raise NLAError(f"{len(vectors)} vectors for {n} explanations; two or more, as many of each")
