@@ -131,16 +131,31 @@ def test_fve_is_one_minus_mse_over_var(tiny: NLA, report: Any) -> None:
 
 def test_no_constant_exceeds_the_direction_of_the_mean(tiny: NLA, report: Any) -> None:
     """So its floor is about 0 only where one direction is in all vectors."""
-    residuals = extract(tiny.open_source().model, DOCUMENTS, tiny.spec.layer)
-    rows_ND = torch.cat([found[_spread(list(range(len(found)))[4:], 4)] for found in residuals])
-    units_ND = rows_ND / rows_ND.norm(dim=-1, keepdim=True)
-    m = units_ND.mean(0).norm().item()
+    m = sampled_units(tiny).mean(0).norm().item()
     wanted = 1 - 2 * (1 - m) / tiny.spec.var_nrm
     floor = report["floor_constant"]
     assert floor.details["best_direction"] == pytest.approx(wanted, abs=1e-4)
     assert floor.value <= floor.details["best_direction"]
     own_var = report["fve_nrm"].details["own_var_nrm"]
     assert 1 - 2 * (1 - m) / own_var == pytest.approx(-(1 - m) / (1 + m), abs=1e-4)
+
+
+def test_a_constant_at_its_best_length_is_about_0(tiny: NLA, report: Any) -> None:
+    """What a constant lacks below 0 is that unit vectors are longer than their mean."""
+    (said_D,) = tiny.reconstruct([report["floor_constant"].details["text"]])
+    lengths = torch.linspace(0, 1, 1001)[:, None, None]
+    missed_LND = sampled_units(tiny) - lengths * said_D / said_D.norm()
+    missed = missed_LND.square().sum(-1).mean(-1).min().item()
+    found = report["floor_constant"].details["at_its_best_length"]
+    assert found == pytest.approx(1 - missed / tiny.spec.var_nrm, abs=1e-4)
+    assert -0.1 < found < 0.1 and report["floor_constant"].value < found
+
+
+def sampled_units(nla: NLA) -> torch.Tensor:
+    """The vectors of the report, normalised."""
+    residuals = extract(nla.open_source().model, DOCUMENTS, nla.spec.layer)
+    rows_ND = torch.cat([found[_spread(list(range(len(found)))[4:], 4)] for found in residuals])
+    return rows_ND / rows_ND.norm(dim=-1, keepdim=True)
 
 
 def len_of(nla: NLA, text: str) -> int:

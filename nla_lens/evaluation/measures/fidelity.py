@@ -86,16 +86,25 @@ def floor_constant(sample: Sample) -> Measure:
     `best_direction` is what no constant can exceed, as only directions count: that of the mean. By
     the sample's own variance it is -(1 - m) / (1 + m), with m the length of the mean of the unit
     vectors: about 0 where one direction is in all of them, below where they point apart.
+    `at_its_best_length` is this text's, were its length free as the mean vector's is: 0 for the
+    direction of the mean, by the sample's own variance, and below it for any other.
     """
     mean_ND = rescale(sample.vectors_ND, 1.0).mean(0, keepdim=True).expand_as(sample.vectors_ND)
     text = sample.texts[int(cosine(sample.said_ND, mean_ND).argmax())]
+    texts = [text] * len(sample)
+    said_ND = sample.back(texts)
+    # For units |x - u|^2 is 2 (1 - cos) on average; of all lengths s, |x - s u|^2 is least at
+    # s = cos: 1 - cos^2.
+    cos = sample.cos(said_ND).mean()
+    least = sample.mse(said_ND).mean() * (1 + cos) / 2
     return floor(
         sample,
         "floor_constant",
         "one constant text",
-        [text] * len(sample),
+        texts,
         text=text[:200],
         best_direction=sample.fve(mean_ND).value,
+        at_its_best_length=float(1 - least / sample.baseline),
     )
 
 
