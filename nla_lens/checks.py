@@ -22,6 +22,27 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a table's cell holds nothing: None, NaN, or what pandas has for either."""
+    if value is None:
+        return True
+    try:
+        return bool(value != value)
+    # pandas.NA is neither equal nor unequal to itself; an array is so entry by entry.
+    except (TypeError, ValueError):
+        return type(value).__name__ == "NAType"
+
+
+def check_seed(seed: Any) -> None:
+    """Refuses what is no seed.
+
+    Raises:
+        NLAError: Names it.
+    """
+    if seed is not None and not (is_int(seed) and 0 <= seed < 2**32):
+        raise NLAError(f"seed={seed!r:.80} must be an integer from 0 to 2**32 - 1")
+
+
 def to_path(path: Any) -> Path:
     """A path that a caller names: a text, or what has one for a path; `~` is who they are.
 

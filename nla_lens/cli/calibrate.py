@@ -10,7 +10,6 @@ import click
 from nla_lens.cli.command import Command
 from nla_lens.cli.options import halves_options, load_nla, loading_options
 from nla_lens.cli.output import print_json
-from nla_lens.cli.tables import read_table
 from nla_lens.errors import NLAError
 from nla_lens.results.calibration import calibration_path
 
@@ -27,7 +26,7 @@ from nla_lens.results.calibration import calibration_path
 @click.option(
     "--table",
     type=click.Path(path_type=Path),
-    help="Instead of FILES: explanations with a score (parquet, JSON lines, what .save wrote) "
+    help="Instead of FILES: explanations with a score (parquet, JSON lines, CSV, what .save wrote) "
     "or a store.",
 )
 @click.option(
@@ -83,7 +82,7 @@ def calibrate(
         if files:
             raise NLAError("--table is calibrated alone; leave FILES out")
         written = None if out is None else calibration_path(out)
-        found = run(read_table(table), path=out, seed=seed, labels=labels)
+        found = run(table, path=out, seed=seed, labels=labels)
     else:
         if not files:
             raise NLAError("name FILES with texts to explain, or --table")

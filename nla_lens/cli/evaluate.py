@@ -10,7 +10,6 @@ import click
 from nla_lens.cli.command import Command
 from nla_lens.cli.options import halves_options, load_nla, loading_options
 from nla_lens.cli.output import print_json, print_table
-from nla_lens.cli.tables import read_table
 from nla_lens.errors import NLAError
 
 
@@ -23,7 +22,7 @@ from nla_lens.errors import NLAError
     ],
 )
 @click.argument("files", nargs=-1)
-@click.option("--table", help="Instead of FILES: explanations (parquet, JSON lines, a store).")
+@click.option("--table", help="Instead of FILES: explanations (parquet, JSON lines, CSV, a store).")
 @click.option("--model", help="Source model: directory or hub repository; default: the NLA's own.")
 @click.option("--rows", help="Which rows, separated by commas; default: all.")
 @click.option("--budget", type=click.IntRange(min=1), help="Most vectors.")
@@ -59,7 +58,7 @@ def evaluate(
     if table is not None:
         if files:
             raise NLAError("--table is evaluated alone; leave FILES out")
-        report = run(table=read_table(Path(table)), rows=named, seed=seed)
+        report = run(table=table, rows=named, seed=seed)
     else:
         if not files:
             raise NLAError("name FILES to evaluate on, or --table")

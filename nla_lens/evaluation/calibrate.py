@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
@@ -10,13 +11,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from nla_lens.checks import check_seed
 from nla_lens.disk.folder import scratch
 from nla_lens.errors import NLAError
 from nla_lens.evaluation import fitting
 from nla_lens.evaluation.examine import examine
 from nla_lens.evaluation.labels import QUOTES, Row, labels_of, told
 from nla_lens.evaluation.reliability import measure, scores
-from nla_lens.evaluation.table import columns_of
+from nla_lens.evaluation.table import columns_of, documents_of, read_table
 from nla_lens.evaluation.taking import take
 from nla_lens.jobs.manifest import versions
 from nla_lens.nla import NLA
@@ -58,8 +60,8 @@ def calibrate(
 
     Args:
         nla_or_table: An NLA, which explains `texts` and has the calibration from then on; or a
-            table of explanations (data frame, store, `Explanations`, list of dicts): `text`, a
-            score (`fve_nrm`, `cos`, `mse_nrm` or `score`), and `document`, `context` and others
+            table of explanations (data frame, store, file, `Explanations`, list of dicts): `text`,
+            a score (`fve_nrm`, `cos`, `mse_nrm` or `score`), and `document`, `context` and others
             where they are known. A table needs no weights.
         texts: With an NLA: as `explain_corpus` takes them.
         labels: Which explanations are right: the name of a column, or one value a row (true or 1:
@@ -89,6 +91,7 @@ def calibrate(
             it cannot be written, `error.calibration` holds it.
     """
     fitting.import_sklearn()
+    check_seed(seed)
     nla = nla_or_table if isinstance(nla_or_table, NLA) else None
     if nla is None:
         if texts is not None:
@@ -121,6 +124,8 @@ def calibrate(
 
 
 def _rows_of(table: Any) -> list[Row]:
+    if isinstance(table, (str, os.PathLike)):
+        table = read_table(table)
     if isinstance(table, Explanations):
         return [vars(explanation) for explanation in table.flat]
     columns = columns_of(table)
@@ -160,9 +165,7 @@ def _fitted(
             f"{fitting.LEAST_OF_EACH} of each are needed to learn what tells them apart"
         )
     columns = _columns(rows, features)
-    documents_N = np.unique([_document(i, row) for i, row in enumerate(rows)], return_inverse=True)[
-        1
-    ]
+    documents_N = documents_of(rows)
     whole = fitting.held_out(columns, right_N, documents_N, seed)
     alone = {
         name: scores(fitting.held_out({name: columns[name]}, right_N, documents_N, seed), right_N)
@@ -185,12 +188,6 @@ def _fitted(
         },
         held_out={**measure(whole, right_N, documents_N, seed), "alone": alone},
     )
-
-
-def _document(i: int, row: Row) -> str:
-    """What tells a row's document from others; of one that has none, the row itself."""
-    found = row.get("document")
-    return f"row {i}" if found is None or found != found else f"document {found}"
 
 
 def _columns(rows: Sequence[Row], features: Sequence[str] | None) -> dict[str, Any]:

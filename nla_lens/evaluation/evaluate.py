@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from nla_lens.checks import check_seed
 from nla_lens.disk.folder import scratch
 from nla_lens.errors import NLAError
 from nla_lens.evaluation.measures import fidelity, identity, wording
@@ -65,8 +66,8 @@ def evaluate(
     Args:
         nla: The NLA; None with `table=`.
         texts: As `explain_corpus` takes them: texts, chats, files, or vectors.
-        table: Instead of both: a data frame (or store, or list of dicts) of explanations, columns
-            `text` and a score; `context` and `document` where known.
+        table: Instead of both: a data frame (or store, file, or list of dicts) of explanations,
+            columns `text` and a score; `vector`, `context` and `document` where known.
         model: The source model; None: `spec.source_model`.
         positions: As in `explain_corpus`; None: at most 8 a document.
         rows: Names of rows (`evaluation.evaluate.ROWS`); None: all.
@@ -87,6 +88,7 @@ def evaluate(
         NLAError: Nothing to evaluate, no such row, or as `explain_corpus`.
     """
     names = _names(rows)
+    check_seed(seed)
     if table is not None:
         if nla is not None or texts is not None:
             raise NLAError("table= is evaluated without an NLA; pass it alone")

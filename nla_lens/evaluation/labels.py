@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
-from nla_lens.checks import is_number
+from nla_lens.checks import is_missing, is_number
 from nla_lens.errors import NLAError
 from nla_lens.results.sentences import quotes, stands_in
 
 QUOTES: Final = "quotes"
 """Labels by the quotation check."""
+_SPELLED: Final = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 Row = Mapping[str, Any]
 
 
@@ -36,15 +37,24 @@ def labels_of(rows: Sequence[Row], labels: Any) -> list[bool | None]:
     elif callable(labels):
         values = [labels(row) for row in rows]
     else:
-        values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+        values = labels.tolist() if hasattr(labels, "tolist") else labels
+        if isinstance(values, Mapping) or not isinstance(values, Iterable):
+            raise NLAError(
+                f"labels={labels!r:.80} is none; expected the name of a column, one value a row, "
+                'a function of a row, or "quotes"'
+            )
+        values = list(values)
     if len(values) != len(rows):
         raise NLAError(f"labels= has {len(values)} values for {len(rows)} explanations")
     return [_truth(i, value) for i, value in enumerate(values)]
 
 
 def _truth(i: int, value: Any) -> bool | None:
-    if value is None or (is_number(value) and value != value):
+    if is_missing(value):
         return None
+    if isinstance(value, str):
+        # As files without types have it.
+        value = _SPELLED.get(value.strip().lower(), value)
     if isinstance(value, (bool, np.bool_)) or (is_number(value) and value in (0, 1)):
         return bool(value)
     raise NLAError(

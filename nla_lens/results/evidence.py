@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from nla_lens.checks import is_number
 from nla_lens.results.sentences import folded, names_and_numbers, quotes, sentences
 
@@ -35,13 +37,13 @@ def _number(name: str) -> Callable[[Record], float | None]:
 
 
 def _complete(record: Record) -> float | None:
-    value = record.get("complete")
-    return None if value is None else float(bool(value))
+    value: Any = record.get("complete")
+    is_said = isinstance(value, (bool, np.bool_)) or (is_number(value) and value in (0, 1))
+    return float(value) if is_said else None
 
 
 def _tokens(record: Record) -> float | None:
-    ids = record.get("token_ids")
-    return float(len(ids)) if ids is not None and len(ids) else None
+    return float(len(_listed(record, "token_ids"))) or None
 
 
 def _token_quoted(record: Record) -> float | None:
@@ -55,7 +57,8 @@ def _token_quoted(record: Record) -> float | None:
 
 def _agreement(record: Record) -> float | None:
     """How far the other samples say each of its sentences, too."""
-    texts = [_field(sample, "text") for sample in _listed(record, "samples")]
+    found = _listed(record, "samples")
+    texts = [said if isinstance(said, str) else _field(said, "text") for said in found]
     if record["text"] in texts:
         texts.remove(record["text"])
     parts = sentences(record["text"])
@@ -89,12 +92,12 @@ def _support(pick: Callable[[list[float]], float]) -> Callable[[Record], float |
 
 def _listed(record: Record, name: str) -> Sequence[Any]:
     found: Any = record.get(name)
-    # A data frame has a float where a row has nothing.
-    return found if hasattr(found, "__len__") else ()
+    # A data frame has a float where a row has nothing, a file without types a text.
+    return found if hasattr(found, "__len__") and not isinstance(found, (str, bytes)) else ()
 
 
 def _field(part: Any, name: str) -> Any:
-    return part.get(name) if isinstance(part, Mapping) else getattr(part, name)
+    return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
 
 
 SCORES: Final = ("fve_nrm", "cos", "mse_nrm", "score")

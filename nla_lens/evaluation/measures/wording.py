@@ -133,12 +133,15 @@ def _fve_one(sample: Sample, row: int, text: str) -> float:
 def shares_standing(
     texts: list[str], contexts: list[str | None], find: Callable[[str], list[str]] = quotes
 ) -> np.ndarray[Any, Any]:
-    """`[n]`: the share of a text's quotations that its context has; NaN where there are none."""
+    """`[n]`: the share of a text's quotations that its context has.
+
+    NaN where there are none, or the context is not known.
+    """
     shares = []
     for text, context in zip(texts, contexts, strict=True):
-        found = find(text)
+        found = [] if context is None else find(text)
         shares.append(
-            float(np.mean([stands_in(q, context or "") for q in found])) if found else np.nan
+            float(np.mean([stands_in(q, str(context)) for q in found])) if found else np.nan
         )
     return np.asarray(shares)
 
