@@ -80,7 +80,15 @@ def _bar(what: str, show: bool | None, **options: Any) -> Iterator[Any]:
 
 def is_watched(show: bool | None) -> bool:
     """Whether someone looks at a terminal or notebook, and has not said that nothing is wanted."""
-    return show is not False and (sys.stdout.isatty() or in_notebook())
+    return show is not False and (is_terminal(sys.stdout) or in_notebook())
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether it is; None stands for a stream that was closed, and objects without `isatty` do."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):
+        return False
 
 
 def in_notebook() -> bool:

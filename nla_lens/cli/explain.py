@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from nla_lens.checks import is_unicode
 from nla_lens.cli.command import Command
 from nla_lens.cli.options import halves_options, load_nla, loading_options, parse_positions
 from nla_lens.cli.output import print_json, print_table
@@ -74,23 +75,38 @@ def explain(
     if html and not Path(html).absolute().parent.is_dir():
         raise NLAError(f"--html {html!r}: there is no such folder")
     if text == "-":
-        text = sys.stdin.read()
+        text = _standard_input()
     wished = {k: options.pop(k) for k in _EXPLAIN_OPTIONS}
     picked = parse_positions(positions)
     nla = load_nla(**options)
+    stopped: BaseException | None = None
     try:
         found = nla.explain_text(text, picked, model=model, generate=generate, **wished)
     except KeyboardInterrupt as interrupt:
-        found = getattr(interrupt, "explanations", None)
+        found, stopped = getattr(interrupt, "explanations", None), interrupt
         if not found:
             raise
-        click.echo(f"interrupted; {len(found)} explanations were finished", err=True)
+        click.echo(f"{len(found)} explanations were finished", err=True)
     if as_json:
         print_json(found.to_dict())
     else:
         print_table(to_table(found.flat))
     if html:
         found.to_html(html)
+    if stopped is not None:
+        raise stopped
+
+
+def _standard_input() -> str:
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError:
+        text = "\udcff"
+    if not is_unicode(text):
+        raise NLAError("standard input is no UTF-8; convert it first, as by iconv -t UTF-8")
+    if not text.strip():
+        raise NLAError("standard input is empty; there is no text to explain")
+    return text
 
 
 _EXPLAIN_OPTIONS = ("max_new_tokens", "temperature", "num_samples", "seed", "batch_size")

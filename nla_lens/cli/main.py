@@ -10,6 +10,7 @@ from typing import Any, Final
 import click
 
 from nla_lens.cli.command import usage_hint, write_examples
+from nla_lens.cli.surroundings import open_streams, stopped_by_signals
 from nla_lens.errors import NLAError
 from nla_lens.foreign import harmless
 from nla_lens.plugins import load_plugin
@@ -102,15 +103,15 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit status 2."""
+    open_streams()
     try:
-        sys.exit(cli.main(prog_name="nla-lens", standalone_mode=False))
+        with stopped_by_signals() as stopped:
+            sys.exit(cli.main(prog_name="nla-lens", standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else error.format_message(), err=True)
         sys.exit(2)
-    except click.exceptions.Abort:
-        _fail("interrupted", 130)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _fail(*stopped.said())
     except click.UsageError as error:
         _fail(f"{error.format_message().rstrip('.')}{usage_hint(error)}", error.exit_code)
     except click.ClickException as error:

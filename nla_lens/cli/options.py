@@ -12,6 +12,7 @@ import click
 from nla_lens.cli.command import SharedOption
 from nla_lens.errors import NLAError
 from nla_lens.foreign import harmless
+from nla_lens.progress import is_terminal
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -143,7 +144,7 @@ loading_options_beside_another = with_options(
 
 def load_nla(*, name: str | None, av: str | None, url: Sequence[str] = (), **options: Any) -> Any:
     """The NLA that the options of `halves_options` and `loading_options` name."""
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         click.echo(f"loading {harmless(name or av or 'tiny')}", err=True)
     from nla_lens.nla import NLA
 

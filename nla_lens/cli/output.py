@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import click
 from rich.console import Console
@@ -29,6 +29,8 @@ class Finding:
     detail: str
 
 
+_NARROWEST: Final = 20
+"""Columns under which a table shows nothing."""
 _MARKS = {True: ("ok  ", "green"), False: ("FAIL", "red"), None: ("    ", None)}
 
 
@@ -60,7 +62,9 @@ def _finite(values: Any) -> Any:
 def print_table(table: Any) -> None:
     """Prints a rich table, as wide as the terminal."""
     console = Console()
-    # Piped into a file there is no width to fit: use a fixed one that keeps rows readable.
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    # Piped into a file there is no width to fit, and some editors and runners say 0: use a fixed
+    # one that keeps rows readable.
+    is_piped = not console.is_terminal and "COLUMNS" not in os.environ
+    if is_piped or console.width < _NARROWEST:
         console = Console(width=120)
     console.print(table)

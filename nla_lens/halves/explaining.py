@@ -125,12 +125,14 @@ def explain_batch(
             finish.add(row, answer)
             if finish.n_due >= at_once:
                 yield from finish.flush()
-    except (NLAError, KeyboardInterrupt) as error:
-        yield from finish.flush()
-        error.later = finish.later()  # type: ignore[union-attr]
+    except GeneratorExit:
         raise
-    except Exception as error:
+    # Ctrl-C, and whatever else a signal, a scheduler or an event loop stops a program by.
+    except BaseException as error:
         yield from finish.flush()
+        if isinstance(error, NLAError) or not isinstance(error, Exception):
+            error.later = finish.later()  # type: ignore[attr-defined]
+            raise
         failure = NLAError(
             f"the verbalizer failed after {finish.n_done} of {len(batch)} vectors: "
             f"{type(error).__name__}: {error}{_advice(error)}"
@@ -204,7 +206,7 @@ class _Finisher:
         self.n_done += len(due)
         finished, failure = self._finish(due)
         yield from finished
-        if isinstance(failure, KeyboardInterrupt):
+        if failure is not None and not isinstance(failure, Exception):
             raise failure
         if failure is not None:
             message = (
@@ -236,7 +238,7 @@ class _Finisher:
         failure: BaseException | None = None
         try:
             scored = self._scored(drafts, [vector for vector in vectors for _ in range(k)])
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:
             scored, failure = drafts, error
         flagged = self._trusted([self._flagged(e) for e in scored])
         return [_best(flagged[i : i + k]) for i in range(0, len(flagged), k)], failure

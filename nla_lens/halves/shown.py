@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from nla_lens.errors import NLAError
 from nla_lens.halves.explaining import Options, explain_batch
 from nla_lens.halves.reconstructor import Reconstructor
 from nla_lens.halves.verbalizer import Verbalizer
@@ -58,13 +57,13 @@ def collected(explained: Iterator[Explanation], shape: Sequence[int]) -> Explana
 
     Raises:
         NLAError: What the run raises; its `explanations` are those that came before. So it is with
-            Ctrl-C.
+            Ctrl-C, and with whatever else stops it.
     """
     finished: list[Explanation] = []
     try:
         finished.extend(explained)
-    except (NLAError, KeyboardInterrupt) as error:
+    except BaseException as error:
         # list.extend keeps what came before the error.
-        error.explanations = Explanations(finished)  # type: ignore[union-attr]
+        error.explanations = Explanations(finished)  # type: ignore[attr-defined]
         raise
     return Explanations(finished, shape) if shape else finished[0]

@@ -129,10 +129,10 @@ class Job:
     def _next(self, explained: Iterator[Explanation], good: Sequence[Row]) -> Explanation:
         try:
             return next(explained)
-        except (NLAError, KeyboardInterrupt) as error:
+        except BaseException as error:
             # What ended out of turn is kept, too.
             later = getattr(error, "later", {})
-            error.later_rows = [  # type: ignore[union-attr]
+            error.later_rows = [  # type: ignore[attr-defined]
                 (
                     good[i],
                     to_row(

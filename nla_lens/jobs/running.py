@@ -12,7 +12,6 @@ from typing import Any, Final, TypeAlias
 
 import torch
 
-from nla_lens.errors import NLAError
 from nla_lens.jobs.inputs import Source
 from nla_lens.jobs.job import Job
 from nla_lens.jobs.manifest import about_job
@@ -171,7 +170,8 @@ def _write(job: Job, store: GrowingStore, made: Iterator[Made]) -> None:
             held.append((row, values))
             if (row.number + 1) % job.rows_per_shard == 0:
                 _flush(job, store, held)
-    except (NLAError, KeyboardInterrupt) as error:
+        _flush(job, store, held)
+    except BaseException as error:
         _flush(job, store, held)
         for later in getattr(error, "later_rows", ()):
             if held and later[0].number != held[-1][0].number + 1:
@@ -179,7 +179,6 @@ def _write(job: Job, store: GrowingStore, made: Iterator[Made]) -> None:
             held.append(later)
         _flush(job, store, held)
         raise
-    _flush(job, store, held)
 
 
 def _flush(job: Job, store: GrowingStore, held: list[Made]) -> None:
