@@ -107,7 +107,10 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def _advice(error: Exception) -> str:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    code = getattr(error, "errno", None)
+    if code in (errno.EOPNOTSUPP, errno.ENOLCK):
+        return "; its file system locks no files: name a place on another"
+    full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return "; make room, or name another place" if full else ""
 
 

@@ -6,12 +6,17 @@ import bisect
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from torch import Tensor
 
+from nla_lens.errors import NLAError
 from nla_lens.results.rows import column_type, user_columns
 
+_LARGE: Final = "large"
+_MOST_EXACT: Final = 1 << 53
+"""Larger integers are not numbers of float64."""
 COLUMNS: Final = ("text", "messages")
 """Looked for in this order where none is named."""
 
@@ -33,10 +38,38 @@ class Document:
     error: str | None = None
 
 
+class File:
+    """A file that must stay as it is while a job runs."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises an NLAError if it is not there."""
+        self._path = path
+        self._was = self._looked_at()
+
+    def check(self) -> None:
+        """Raises an NLAError if it was written to or replaced since."""
+        if self._looked_at() != self._was:
+            raise NLAError(f"{self._path} has changed since the job began; begin a new store")
+
+    def _looked_at(self) -> tuple[int, ...]:
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise NLAError(f"{self._path} cannot be read: {error.strerror or error}") from error
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class Part(Protocol):
-    """Documents of one file, or of one list; any of them can be read at any time."""
+    """Documents of one file, or of one list; any of them can be read at any time.
+
+    Attributes:
+        name: What it is called in messages.
+        file: Where vectors lie that are read when they are explained; texts are compared
+            themselves.
+    """
 
     name: str
+    file: File | None
 
     def __len__(self) -> int: ...
 
@@ -79,7 +112,10 @@ class Corpus(Sequence[Document]):
         kinds: dict[str, set[str]] = {}
         for document in self:
             for name, value in document.columns.items():
-                kinds.setdefault(name, set()).add(column_type([value]) if value is not None else "")
+                found = kinds.setdefault(name, set())
+                found.add(column_type([value]) if value is not None else "")
+                if type(value) is int and abs(value) > _MOST_EXACT:
+                    found.add(_LARGE)
         named = user_columns(kinds)
         return {name: (named[name], _joined(found - {""})) for name, found in kinds.items()}
 
@@ -101,6 +137,12 @@ class Corpus(Sequence[Document]):
     def __iter__(self) -> Iterator[Document]:
         return (self[i] for i in range(len(self)))
 
+    def check_unchanged(self) -> None:
+        """Raises an NLAError if a file has changed whose content is not looked at again."""
+        for part in self.parts:
+            if part.file is not None:
+                part.file.check()
+
     def described(self) -> dict[str, Any]:
         """What a manifest says of the input."""
         digest = hashlib.sha256()
@@ -119,7 +161,7 @@ class Excerpt(Corpus):
         whole: The corpus.
         numbers: Which of its documents.
         """
-        self.user, self.is_vectors = whole.user, whole.is_vectors
+        self.parts, self.user, self.is_vectors = [], whole.user, whole.is_vectors
         self._first = numbers.start
         self._documents = [_alone(whole[i]) for i in numbers]
 
@@ -140,6 +182,9 @@ def _alone(document: Document) -> Document:
 
 
 def _joined(kinds: set[str]) -> str:
+    if _LARGE in kinds:
+        # Beside other numbers an id would be rounded.
+        return "int64" if kinds == {_LARGE, "int64"} else "json"
     if len(kinds) <= 1:
         return next(iter(kinds), "string")
     return "double" if kinds <= {"int64", "double"} else "json"

@@ -15,8 +15,9 @@ import torch
 
 from nla_lens.checks import to_path
 from nla_lens.errors import NLAError
-from nla_lens.jobs.corpus import Document, Part
-from nla_lens.jobs.memory import Rows, as_rows, check_column, from_record
+from nla_lens.jobs.corpus import Document, File, Part
+from nla_lens.jobs.memory import Rows, check_column, from_record
+from nla_lens.jobs.vector_files import first_line, open_npy, open_safetensors
 from nla_lens.results.rows import import_arrow
 
 VECTOR_COLUMN: Final = "vector"
@@ -34,6 +35,8 @@ def are_paths(source: Any) -> bool:
 
 class TextFile:
     """One document a file."""
+
+    file: File | None = None
 
     def __init__(self, path: Path) -> None:
         """Raises:
@@ -68,6 +71,8 @@ class JSONLines:
     Attributes:
         broken: Documents that are no JSON objects, and what is wrong with which line.
     """
+
+    file: File | None = None
 
     def __init__(self, path: Path, column: str | None) -> None:
         """Raises:
@@ -138,7 +143,7 @@ class Parquet:
         try:
             self._file = arrow.parquet.ParquetFile(path)
         except (OSError, ValueError) as error:
-            raise NLAError(f"{path} cannot be read as parquet: {_first(error)}") from error
+            raise NLAError(f"{path} cannot be read as parquet: {first_line(error)}") from error
         names = list(self._file.schema_arrow.names)
         vectors = column or VECTOR_COLUMN
         self.is_vectors = vectors in names and _is_list_of_floats(
@@ -148,6 +153,7 @@ class Parquet:
             self._column = vectors
         else:
             check_column(names, column, path)
+        self.file = File(path) if self.is_vectors else None
         counts = [
             self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)
         ]
@@ -159,13 +165,15 @@ class Parquet:
 
     def __getitem__(self, index: int) -> Document:
         group = int(np.searchsorted(self._stops, index, side="right"))
-        if self._held[0] != group:
+        held, rows = self._held
+        if held != group:
             try:
-                self._held = group, self._file.read_row_group(group).to_pylist()
+                rows = self._file.read_row_group(group).to_pylist()
             except (OSError, ValueError) as error:
-                return Document(error=f"{self.name}: {_first(error)}")
+                return Document(error=f"{self.name}: {first_line(error)}")
+            self._held = group, rows
         before = int(self._stops[group - 1]) if group else 0
-        row = self._held[1][index - before]
+        row = rows[index - before]
         if not self.is_vectors:
             return from_record(row, self._column)
         others = {name: value for name, value in row.items() if name != self._column}
@@ -185,35 +193,6 @@ def _is_list_of_floats(arrow: Any, kind: Any) -> bool:
     return bool(listed and types.is_floating(kind.value_type))
 
 
-def _first(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _npy(path: Path) -> list[Part]:
-    try:
-        # Mapped: only the rows that are explained are read.
-        found = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise NLAError(f"{path} cannot be read as npy: {_first(error)}") from error
-    return [Rows(as_rows(found, path), path.name)]
-
-
-def _safetensors(path: Path) -> list[Part]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise NLAError(f"{path} cannot be read as safetensors: {_first(error)}") from error
-    if not found:
-        raise NLAError(f"{path} holds no tensors")
-    return [
-        Rows(as_rows(found[name], f"{path}: {name}"), f"{path.name}:{name}")
-        for name in sorted(found)
-    ]
-
-
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The rows of a table: parquet or JSON lines.
 
@@ -225,7 +204,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         try:
             found: list[dict[str, Any]] = arrow.parquet.read_table(path).to_pylist()
         except (OSError, ValueError) as error:
-            raise NLAError(f"{path} cannot be read as parquet: {_first(error)}") from error
+            raise NLAError(f"{path} cannot be read as parquet: {first_line(error)}") from error
         return found
     records = []
     try:
@@ -242,8 +221,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 _VECTORS: Final[dict[str, Callable[[Path], list[Part]]]] = {
-    ".npy": _npy,
-    ".safetensors": _safetensors,
+    ".npy": open_npy,
+    ".safetensors": open_safetensors,
 }
 _TABLES: Final = (".csv", ".json", ".tsv")
 _TEXTS: Final = (".txt", ".md", ".jsonl", ".ndjson", ".parquet")

@@ -32,7 +32,7 @@ def open_corpus(source: Source, *, column: str | None = None, limit: int | None 
     if isinstance(source, (str, os.PathLike)) or are_paths(source):
         parts, is_vectors = open_files(source, column)
     else:
-        parts, is_vectors = open_values(source, column)
+        parts, is_vectors = open_values(source, column, limit)
     corpus = Corpus(parts, is_vectors=is_vectors, limit=limit)
     if not len(corpus):
         raise NLAError("there is nothing to explain: the input has no documents")

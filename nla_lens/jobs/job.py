@@ -157,6 +157,7 @@ class Job:
         )
 
     def _user(self, row: Row) -> dict[str, Any]:
-        found = self.reader.corpus[row.document].columns
         named = self.reader.corpus.user
-        return {named[name][0]: stored(value, named[name][1]) for name, value in found.items()}
+        return {
+            named[name][0]: stored(value, named[name][1]) for name, value in row.columns.items()
+        }

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nla_lens.errors import NLAError
 from nla_lens.jobs.positions import Picker, Positions
+from nla_lens.models.anatomy import blocks_of, embedding_of
 from nla_lens.nla import NLA
+from nla_lens.stream.extraction import Source
 
 if TYPE_CHECKING:
     from nla_lens.jobs.job import Job
@@ -24,13 +28,16 @@ _ENDS: Final = 64
 
 def about_job(job: Job, positions: Positions, column: str | None, model: Any) -> dict[str, Any]:
     """The settings of a job, as a manifest holds them."""
-    options = job.options
+    options, reading = job.options, job.reader.source
     return {
         "versions": versions(),
         "nla": about_nla(job.nla),
         "source_model": _named(job.nla.spec.source_model if model is None else model),
+        "source_weights": None if reading is None else _source_weights(reading, job.nla),
         "input": {**job.reader.corpus.described(), "column": column},
         "positions": list(Picker.of(positions).described),
+        # Another tokenizer or chat template, a function that picks others.
+        "tokens": job.plan.tokens,
         "options": {
             "max_new_tokens": options.max_new_tokens,
             "temperature": float(options.temperature),
@@ -68,6 +75,7 @@ def about_nla(nla: NLA) -> dict[str, Any]:
         "weights": {
             role: None if half is None else _weights(half) for role, half in halves.items()
         },
+        "dtypes": {role: _dtype(_module(half)) for role, half in halves.items()},
     }
 
 
@@ -78,17 +86,51 @@ def _calibration(nla: NLA) -> str | None:
     return hashlib.sha256(repr(nla.calibration.to_dict()).encode()).hexdigest()
 
 
-def _weights(half: Any) -> str | None:
-    """A hash of both ends of every parameter of a half; None where its weights are elsewhere."""
-    model = getattr(half.engine, "model", None)
+def _module(half: Any) -> nn.Module | None:
+    """A half's model; None where it runs elsewhere."""
+    model = getattr(getattr(half, "engine", None), "model", None)
     module = getattr(model, "_module", model)
-    if not isinstance(module, nn.Module):
+    if not isinstance(module, nn.Module) or any(p.is_meta for p in module.parameters()):
         return None
-    digest = hashlib.sha256()
+    return module
+
+
+def _weights(half: Any) -> str | None:
+    """A hash of a half's weights, and of what is known here of those that are elsewhere."""
+    module, remote = _module(half), getattr(half.engine, "remote", None)
+    known = getattr(half.engine, "digest", None) if remote is None else _named(remote.name)
     head = getattr(half, "weight_DD", None)
-    for name, parameter in [*module.named_parameters(), *([] if head is None else [("", head)])]:
-        if parameter.is_meta:
-            return None
+    if module is None and known is None and head is None:
+        return None
+    parameters = [] if module is None else list(module.named_parameters())
+    return _hash([*parameters, *([] if head is None else [("", head)])], known or "")
+
+
+def _source_weights(source: Source, nla: NLA) -> str | None:
+    """The same of the blocks that are read; None for a source of another kind or elsewhere."""
+    model, place = getattr(source, "model", None), nla.spec.place
+    if place is None or not isinstance(model, nn.Module):
+        return None
+    try:
+        read = [embedding_of(model), *blocks_of(model)[: place.n_blocks]]
+    except NLAError:
+        return None
+    if any(p.is_meta for part in read for p in part.parameters()):
+        return None
+    named = [(f"{i}.{k}", p) for i, part in enumerate(read) for k, p in part.named_parameters()]
+    return _hash(named, str(_dtype(read[-1])))
+
+
+def _dtype(module: nn.Module | None) -> str | None:
+    """What a model computes in."""
+    first = None if module is None else next(module.parameters(), None)
+    return None if first is None else str(first.dtype).removeprefix("torch.")
+
+
+def _hash(parameters: Iterable[tuple[str, Tensor]], known: str) -> str:
+    """Of both ends of every parameter."""
+    digest = hashlib.sha256(known.encode("utf-8", "backslashreplace"))
+    for name, parameter in parameters:
         flat = parameter.detach().flatten()
         ends = torch.cat([flat[:_ENDS], flat[-_ENDS:]]).float().cpu()
         digest.update(f"{name}\0{tuple(parameter.shape)}\0".encode() + ends.numpy().tobytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 from nla_lens.errors import NLAError
-from nla_lens.jobs.corpus import COLUMNS, Document, Part
+from nla_lens.jobs.corpus import COLUMNS, Document, File, Part
 
 
 class Listed:
     """A list of rows, each a text, a chat or a dict with one of the two."""
+
+    file: File | None = None
 
     def __init__(self, rows: Sequence[Any], column: str | None, name: str = "list") -> None:
         """Args:
@@ -31,7 +34,9 @@ class Listed:
 
     def __getitem__(self, index: int) -> Document:
         row = self._rows[index]
-        return from_record(row, self._column) if isinstance(row, Mapping) else Document(text=row)
+        if isinstance(row, Mapping):
+            return from_record(_native(row), self._column)
+        return Document(text=row)
 
     def digest(self) -> str:
         """See `Part`."""
@@ -48,12 +53,13 @@ class Listed:
 class Rows:
     """Vectors, each a document of its own; `[n, d]`."""
 
-    def __init__(self, vectors_ND: Tensor, name: str = "vectors") -> None:
+    def __init__(self, vectors_ND: Tensor, name: str = "vectors", file: File | None = None) -> None:
         """Args:
         vectors_ND: `[n, d]`.
         name: What they are called in messages.
+        file: Where they lie.
         """
-        self.name, self._vectors_ND = name, vectors_ND
+        self.name, self._vectors_ND, self.file = name, vectors_ND, file
 
     def __len__(self) -> int:
         return len(self._vectors_ND)
@@ -71,6 +77,32 @@ class Rows:
         return digest.hexdigest()
 
 
+def _records(frame: Any) -> list[dict[str, Any]]:
+    """The rows of a data frame of pandas or polars, each value as it is; None where there is none.
+
+    Raises:
+        NLAError: Two columns of one name, or no such frame.
+    """
+    names = list(map(str, frame.columns))
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise NLAError(f"the data frame has two columns {twice[0]!r}")
+    try:
+        if hasattr(frame, "to_dicts"):
+            found: list[dict[str, Any]] = frame.to_dicts()
+            return found
+        # Not its own JSON, which rounds numbers.
+        values = frame.astype(object).where(frame.notna(), None).to_dict(orient="split")["data"]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise NLAError(f"the data frame cannot be read: {error}") from error
+    return [dict(zip(names, row, strict=True)) for row in values]
+
+
+def _native(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with numpy's numbers and arrays as Python's own."""
+    ours = (np.generic, np.ndarray)
+    return {name: v.tolist() if isinstance(v, ours) else v for name, v in row.items()}
+
+
 def from_record(row: Mapping[str, Any], column: str | None) -> Document:
     """A document out of a row with named values; what is not read travels along."""
     name = column or next((c for c in COLUMNS if row.get(c) is not None), None)
@@ -84,8 +116,10 @@ def from_record(row: Mapping[str, Any], column: str | None) -> Document:
     return Document(text=value, columns=others)
 
 
-def open_values(source: Any, column: str | None) -> tuple[list[Part], bool]:
-    """Parts of what is in memory, and whether they are vectors.
+def open_values(
+    source: Any, column: str | None, limit: int | None = None
+) -> tuple[list[Part], bool]:
+    """Parts of what is in memory, and whether they are vectors; no more is taken than `limit`.
 
     Raises:
         NLAError: Nothing that could be explained.
@@ -93,19 +127,15 @@ def open_values(source: Any, column: str | None) -> tuple[list[Part], bool]:
     if isinstance(source, (Tensor, np.ndarray)):
         return [Rows(as_rows(source, "vectors"))], True
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
-        # Not `records` of a frame: numpy's own scalars are no JSON.
-        try:
-            rows: Any = json.loads(source.to_json(orient="records"))
-        # Two columns of one name, halves of surrogate pairs, what its own JSON does not know.
-        except (OverflowError, TypeError, ValueError) as error:
-            raise NLAError(f"the data frame cannot be read: {error}") from error
+        records = _records(source)
         check_column(list(map(str, source.columns)), column, "the data frame")
-        return [Listed(rows, column, "data frame")], False
+        return [Listed(records, column, "data frame")], False
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise NLAError(
             f"a {type(source).__name__} is no corpus: pass paths, texts, chats or vectors"
         )
-    listed = list(source)
+    # What has no end may be limited.
+    listed = list(source if isinstance(source, Sequence) else itertools.islice(source, limit))
     if listed and all(isinstance(row, (Tensor, np.ndarray)) for row in listed):
         return [
             Rows(as_rows(part, f"vectors {i}"), f"vectors {i}") for i, part in enumerate(listed)

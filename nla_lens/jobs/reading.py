@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -51,6 +54,7 @@ class Row:
         error: Why not.
         before: Tokens between the row before it, or the beginning, and its own.
         after: Of a document's last row: the tokens behind it.
+        columns: The user's own values of its document.
     """
 
     number: int
@@ -59,6 +63,7 @@ class Row:
     error: str | None = None
     before: Sequence[str] = ()
     after: Sequence[str] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class Plan:
         n_tokens: Of all documents.
         failed: The first documents that cannot be explained, and why.
         n_failed: How many there are.
+        marks: A checksum of what each document was, uint32.
+        tokens: A hash of all token ids, and of which are explained.
         first: Number of the document that `starts` begins with.
     """
 
@@ -77,6 +84,8 @@ class Plan:
     n_tokens: int
     failed: dict[int, str]
     n_failed: int
+    marks: np.ndarray[Any, Any]
+    tokens: str
     first: int = 0
 
     @property
@@ -97,7 +106,17 @@ class Plan:
     def of(self, documents: range) -> Plan:
         """The same of some documents alone."""
         begin, end = documents.start - self.first, documents.stop - self.first
-        return replace(self, starts=self.starts[begin : end + 1].copy(), first=documents.start)
+        starts, marks = self.starts[begin : end + 1].copy(), self.marks[begin:end].copy()
+        return replace(self, starts=starts, marks=marks, first=documents.start)
+
+    def check(self, document: int, found: Prepared, columns: Mapping[str, Any]) -> None:
+        """Raises an NLAError for a document that is not what it was when the plan was made."""
+        same = found.n_rows == len(self.rows(document))
+        if not same or _mark(found, columns) != self.marks[document - self.first]:
+            raise NLAError(
+                f"document {document} has changed since the job began: its content, its tokens or "
+                "what positions= picks of them; begin a new store"
+            )
 
 
 _MOST_SHOWN: Final = 5
@@ -109,6 +128,7 @@ class Reader:
     Attributes:
         corpus: The documents.
         picker: Which tokens of each.
+        source: The model that reads texts; None for vectors.
     """
 
     def __init__(
@@ -120,20 +140,20 @@ class Reader:
         spec: Of the NLA that explains them.
         source: The model that reads texts; None for vectors.
         """
-        self.corpus, self.picker, self._spec, self._source = corpus, picker, spec, source
+        self.corpus, self.picker, self._spec, self.source = corpus, picker, spec, source
 
     def over(self, corpus: Corpus) -> Reader:
         """The same of another corpus."""
-        return Reader(corpus, self.picker, self._spec, self._source)
+        return Reader(corpus, self.picker, self._spec, self.source)
 
     @cached_property
     def _to_text(self) -> Any:
         return token_text(self._need_source().tokenizer)
 
     def _need_source(self) -> Source:
-        if self._source is None:
+        if self.source is None:
             raise NLAError("the corpus holds texts and no source model was opened")
-        return self._source
+        return self.source
 
     def prepare(self, document: Document) -> Prepared:
         """What is known of a document before it is run."""
@@ -156,15 +176,25 @@ class Reader:
     def plan(self) -> Plan:
         """Looks at every document once; runs no model."""
         starts, n_tokens, failed, n_failed = [0], 0, dict[int, str](), 0
+        marks, tokens = list[int](), hashlib.sha256()
         for i, document in enumerate(self.corpus):
             prepared = self.prepare(document)
             n_tokens += len(prepared.ids)
             starts.append(starts[-1] + prepared.n_rows)
+            marks.append(_mark(prepared, document.columns))
+            tokens.update(_numbers(prepared))
             if prepared.error is not None:
                 n_failed += 1
                 if len(failed) < _MOST_SHOWN:
                     failed[i] = prepared.error
-        return Plan(np.asarray(starts, dtype=np.int64), n_tokens, failed, n_failed)
+        return Plan(
+            np.asarray(starts, dtype=np.int64),
+            n_tokens,
+            failed,
+            n_failed,
+            np.asarray(marks, dtype=np.uint32),
+            tokens.hexdigest(),
+        )
 
     def read(self, rows: range, plan: Plan, batch_size: int | None = None) -> list[Row]:
         """Some rows, their vectors read in one go.
@@ -172,16 +202,16 @@ class Reader:
         Raises:
             NLAError: A document is not what it was when the plan was made.
         """
-        prepared = {i: self.prepare(self.corpus[i]) for i in plan.documents(rows)}
+        documents = {i: self.corpus[i] for i in plan.documents(rows)}
+        prepared = {i: self.prepare(document) for i, document in documents.items()}
         for i, found in prepared.items():
-            if found.n_rows != len(plan.rows(i)):
-                raise NLAError(f"document {i} has changed since the job began; begin a new store")
+            plan.check(i, found, documents[i].columns)
         wanted: dict[int, list[int]] = {}
         for i, found in prepared.items():
             own = plan.rows(i)
             first, last = rows.start - own.start, rows.stop - own.start
             wanted[i] = list(range(max(first, 0), min(last, found.n_rows)))
-        vectors = self._vectors(prepared, wanted, batch_size)
+        vectors = self._vectors(documents, prepared, wanted, batch_size)
         made = []
         for i, within in wanted.items():
             for n, k in enumerate(within):
@@ -190,7 +220,8 @@ class Reader:
                 vector = None if error is not None else vectors[i][n]
                 if vector is not None and (error := _unfit(vector)) is not None:
                     vector = None
-                made.append(Row(number, i, vector, error, *self._around(prepared[i], k)))
+                around = self._around(prepared[i], k)
+                made.append(Row(number, i, vector, error, *around, documents[i].columns))
         return made
 
     def read_so_far(self, ids: Sequence[int], position: int | None) -> str | None:
@@ -210,12 +241,22 @@ class Reader:
         return list(map(self._to_text, before)), list(map(self._to_text, after))
 
     def _vectors(
-        self, prepared: dict[int, Prepared], wanted: dict[int, list[int]], batch_size: int | None
+        self,
+        documents: Mapping[int, Document],
+        prepared: Mapping[int, Prepared],
+        wanted: Mapping[int, list[int]],
+        batch_size: int | None,
     ) -> dict[int, Tensor]:
         """`[n_i, d]` for each document that has any."""
         good = [i for i, found in prepared.items() if found.error is None and wanted[i]]
         if self.corpus.is_vectors:
-            return {i: self.corpus[i].vectors[wanted[i]] for i in good}
+            # A list as index copies: what is checked afterwards is what is explained.
+            given = {i: documents[i].vectors for i in good}
+            # Before, too: a mapped file that was cut off ends the process.
+            self.corpus.check_unchanged()
+            copied = {i: v[wanted[i]] for i, v in given.items() if v is not None}
+            self.corpus.check_unchanged()
+            return copied
         place = self._spec.place
         if place is None:
             raise NLAError("which layer to read is not known; pass layer= to from_pretrained")
@@ -239,6 +280,29 @@ class _Lazily(Sequence[str]):
         return (
             list(map(self._to_text, picked)) if isinstance(index, slice) else self._to_text(picked)
         )
+
+
+def _numbers(found: Prepared) -> bytes:
+    """A document's token ids and which of them are explained, as bytes."""
+    counts = (len(found.ids), found.n_rows)
+    return b"".join(
+        np.asarray(n, dtype=np.int64).tobytes() for n in (counts, found.ids, found.picked)
+    )
+
+
+def _mark(found: Prepared, columns: Mapping[str, Any]) -> int:
+    """A checksum of a document: tokens, the user's columns, why it failed."""
+    try:
+        said = json.dumps([found.error, columns], skipkeys=True, default=_kind)
+    # What holds itself; refused where the input is described.
+    except (RecursionError, ValueError):
+        said = ""
+    return zlib.crc32(_numbers(found), zlib.crc32(said.encode()))
+
+
+def _kind(value: object) -> str:
+    """Of an object that is no JSON: the same in a worker's process, where its repr is not."""
+    return type(value).__qualname__
 
 
 def _unfit(vector: Tensor) -> str | None:

@@ -147,13 +147,17 @@ def begun(
 def _prefetched(job: Job, rows: range) -> Iterator[Made]:
     """Rows as they are made; the next ones are read while these are explained."""
     parts = [rows[i : i + _ROWS_AT_ONCE] for i in range(0, len(rows), _ROWS_AT_ONCE)]
-    with ThreadPoolExecutor(1, "nla-lens-reader") as pool:
+    pool = ThreadPoolExecutor(1, "nla-lens-reader")
+    try:
         ahead: Future[list[Row]] = pool.submit(job.reader.read, parts[0], job.plan)
         for following in [*parts[1:], None]:
             read = ahead.result()
             if following is not None:
                 ahead = pool.submit(job.reader.read, following, job.plan)
             yield from job.explain(read)
+    finally:
+        # Not waited for: what was explained is written first.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _write(job: Job, store: GrowingStore, made: Iterator[Made]) -> None:

@@ -15,6 +15,7 @@ from nla_lens.errors import NLAError
 from nla_lens.foreign import well_formed_in
 from nla_lens.results.parquet import write_table
 from nla_lens.results.rows import to_table
+from nla_lens.results.shards import STORE, check_rows
 from nla_lens.results.store import FORMAT, MANIFEST, VERSION, Store, read_manifest
 
 
@@ -44,15 +45,17 @@ class GrowingStore(Store):
             NLAError: Another store is there, and what differs; or other files.
         """
         path = to_path(path)
-        whole = json.dumps({**about, "n_rows": n_rows, "n_documents": n_documents})
+        counts = {"n_rows": n_rows, "n_documents": n_documents, "columns": dict(user)}
+        whole = json.dumps({**about, **counts})
         # File names need not be Unicode; what a reader takes is.
         wanted = well_formed_in(json.loads(whole))
         if os.path.exists(path / MANIFEST):
             store = cls(path)
             store.check_same(wanted)
+            store.check_shards()
             return store
         _check_free(path)
-        manifest = {"format": FORMAT, "version": VERSION, **wanted, "columns": dict(user)}
+        manifest = {"format": FORMAT, "version": VERSION, **wanted}
         make_folder(path)
         write_whole(path / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
         return cls(path)
@@ -60,13 +63,24 @@ class GrowingStore(Store):
     def check_same(self, wanted: Mapping[str, Any]) -> None:
         """Raises an NLAError that names what a store was made with otherwise."""
         for key in [*wanted]:
-            if key == "versions":
+            if key == "versions" or key not in self.manifest:
                 continue
-            if wanted[key] != self.manifest.get(key):
-                where, here, there = _difference(key, wanted[key], self.manifest.get(key))
+            differs = _difference(key, wanted[key], self.manifest[key])
+            if differs is not None:
+                where, here, there = differs
                 raise NLAError(
                     f"{self.path} was made with {where}={there!r:.200}, not {here!r:.200}; name "
                     "another folder, or ask for the same"
+                )
+
+    def check_shards(self) -> None:
+        """Raises an NLAError that names a shard which would be taken for done and is not."""
+        for rows, path in self.shards.items():
+            check_rows(path, rows, self._id)
+            if self.manifest.get("vectors") and not self.vectors_path(rows).is_file():
+                raise NLAError(
+                    f"{self.vectors_path(rows)} is not there: remove {path.name}, and the same "
+                    "command makes both again"
                 )
 
     @staticmethod
@@ -112,11 +126,14 @@ class GrowingStore(Store):
         if vectors is not None:
             from safetensors.torch import save
 
-            write_whole(self.vectors_path(span), save({"vectors": vectors.contiguous()}))
+            write_whole(
+                self.vectors_path(span), save({"vectors": vectors.contiguous()}, {STORE: self._id})
+            )
         if between:
             lines = (json.dumps(around, ensure_ascii=False) + "\n" for around in between)
             write_whole(self.texts_path(span), "".join(lines))
-        return write_table(path, to_table(rows, self.user))
+        table = to_table(rows, self.user)
+        return write_table(path, table.replace_schema_metadata({STORE: self._id}))
 
 
 def _check_free(path: Path) -> None:
@@ -128,10 +145,12 @@ def _check_free(path: Path) -> None:
         raise NLAError(f"{path} is there already and is no store; name another folder")
 
 
-def _difference(key: str, here: Any, there: Any) -> tuple[str, Any, Any]:
-    """The first place at which two values differ, down through dicts."""
-    if isinstance(here, dict) and isinstance(there, dict):
-        for name in sorted({*here, *there}):
-            if here.get(name) != there.get(name):
-                return _difference(f"{key}.{name}", here.get(name), there.get(name))
-    return key, here, there
+def _difference(key: str, here: Any, there: Any) -> tuple[str, Any, Any] | None:
+    """The first place at which two values differ, down through dicts; None where they are equal.
+
+    What an earlier version did not write down cannot be compared.
+    """
+    if not (isinstance(here, dict) and isinstance(there, dict)):
+        return None if here == there else (key, here, there)
+    found = (_difference(f"{key}.{name}", here.get(name), there[name]) for name in sorted(there))
+    return next((one for one in found if one is not None), None)

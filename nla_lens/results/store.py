@@ -27,13 +27,8 @@ from nla_lens.disk.writing import write_whole
 from nla_lens.errors import NLAError
 from nla_lens.results.explanations import Explanations
 from nla_lens.results.page import document, to_page
-from nla_lens.results.rows import (
-    USER_TYPES,
-    import_arrow,
-    schema,
-    to_explanations,
-)
-from nla_lens.results.shards import read_around, read_rows, read_vectors
+from nla_lens.results.rows import USER_TYPES, import_arrow, schema, to_explanations
+from nla_lens.results.shards import read_around, read_rows, read_vectors, store_id
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,6 +64,7 @@ class Store:
         self.manifest = read_manifest(self.path / MANIFEST)
         self.user: dict[str, str] = dict(self.manifest["columns"])
         self.n_rows: int = self.manifest["n_rows"]
+        self._id = store_id(self.manifest)
 
     # --- what is there ------------------------------------------------------------------------
 
@@ -81,14 +77,20 @@ class Store:
                 # A pipe of that name would be waited for.
                 if (match := _SHARD.fullmatch(path.name)) and path.is_file():
                     found[range(int(match[1]), int(match[2]) + 1)] = path
-        listed = sorted(found.items(), key=lambda item: (item[0].start, item[0].stop))
+        whole = [(rows, path) for rows, path in found.items() if len(rows)]
+        listed = sorted(whole, key=lambda item: (item[0].start, item[0].stop))
         for (rows, path), (following, other) in itertools.pairwise(listed):
             if following.start < rows.stop:
                 raise NLAError(
                     f"{path} and {other.name} hold the same rows: one of them does not belong to "
                     "this store; take it out of the folder"
                 )
-        return {rows: path for rows, path in listed if len(rows)}
+        if listed and listed[-1][0].stop > self.n_rows:
+            raise NLAError(
+                f"{listed[-1][1]} holds rows beyond the {self.n_rows} of this store: it does not "
+                "belong to it; take it out of the folder"
+            )
+        return dict(listed)
 
     def missing(self) -> list[range]:
         """The stretches of rows that are still to be made."""
@@ -124,7 +126,7 @@ class Store:
 
     def _read(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         for rows, path in self.shards.items():
-            yield read_rows(path, len(rows), columns, self.user)
+            yield read_rows(path, rows, columns, self.user, self._id)
 
     def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows in order, as an arrow table."""
@@ -198,7 +200,8 @@ class Store:
         paths = [self.vectors_path(rows) for rows in self.shards]
         if not all(path.is_file() for path in paths):
             raise NLAError(f"{self.path} holds no vectors; ask for them with vectors=True")
-        found = [read_vectors(p, len(rows)) for rows, p in zip(self.shards, paths, strict=True)]
+        ours = zip(map(len, self.shards), paths, strict=True)
+        found = [read_vectors(p, n, self._id) for n, p in ours]
         if len({part_ND.shape[1] for part_ND in found}) > 1:
             raise NLAError(f"{self.path}: the vectors of its shards are of several widths")
         return torch.cat(found)
@@ -274,7 +277,7 @@ class Store:
         for rows in self.shards:
             path = self.texts_path(rows)
             if path.is_file():
-                found |= read_around(path)
+                found |= read_around(path, rows)
         return found
 
     def texts_path(self, rows: range) -> Path:
@@ -299,7 +302,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     with naming(f"{path.parent} is no store"):
         manifest = read_json(path)
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+    version = manifest.get("version")
+    if manifest.get("format") == FORMAT and is_int(version) and (version or 0) > VERSION:
+        raise NLAError(f"{path} is of version {version}: it needs a newer nla-lens than this one")
+    if (manifest.get("format"), version) != (FORMAT, VERSION):
         raise NLAError(f"{path} is not of {FORMAT} version {VERSION}")
     if not all(is_int(manifest.get(k)) for k in ("n_rows", "n_documents")) or not (
         isinstance(manifest.get("columns"), dict)

@@ -20,6 +20,7 @@ wrapper `gemma3` needs torchvision, which the test machines do not have for vLLM
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -40,6 +41,7 @@ SCALED: Final = frozenset({"gemma3", "gemma3_text"})
 """Families whose embedding module multiplies by sqrt(d)."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _KEY: Final = "embed_tokens.weight"
+_ENDS: Final = 1 << 16
 
 
 class PromptRows:
@@ -90,6 +92,17 @@ class PromptRows:
                 raise NLAError(f"{self._path}: {self._key} holds NaN or infinity")
             self._rows |= dict(zip(missing, rows_ND.float(), strict=True))
         return torch.stack([self._rows[token] for token in ids])
+
+    def digest(self, beside: Path | None) -> str:
+        """A hash of both ends of the table's file, and of an adapter's file that is beside it."""
+        digest = hashlib.sha256(str(self.dtype).encode())
+        for path in (self._path, *([] if beside is None else [beside])):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                digest.update(f"{size}\0".encode() + file.read(_ENDS))
+                file.seek(max(0, size - _ENDS))
+                digest.update(file.read(_ENDS))
+        return digest.hexdigest()
 
     def _read(self, ids: Sequence[int]) -> tuple[list[int], Tensor]:
         """The table's shape and some rows; an empty row list gives the dtype alone."""

@@ -20,6 +20,7 @@ class SeveralServers:
     Attributes:
         members: The AV on each of them.
         eos_ids: See `VerbalizerEngine`.
+        digest: See `ServedVerbalizer`.
     """
 
     def __init__(self, members: Sequence[ServedVerbalizer]) -> None:
@@ -27,7 +28,7 @@ class SeveralServers:
         NLAError: They are not alike.
         """
         self.members = tuple(members)
-        self.eos_ids = members[0].eos_ids
+        self.eos_ids, self.digest = members[0].eos_ids, members[0].digest
         for other in members[1:]:
             _check_alike(members[0], other)
 

@@ -31,6 +31,7 @@ from nla_lens.engines.served.server import Served, Server, listed, pick
 from nla_lens.engines.served.settings import Told
 from nla_lens.engines.served.spreading import spread
 from nla_lens.errors import NLAError, NLARemoteError
+from nla_lens.models.lora import WEIGHTS_NAME
 from nla_lens.models.placement import Placement
 from nla_lens.models.tokens import find_eos_ids
 from nla_lens.models.weights import load_configs
@@ -66,6 +67,7 @@ class Half:
     rows: PromptRows
     eos_ids: frozenset[int]
     config: Any
+    digest: str
 
 
 class ServedVerbalizer(ABC):
@@ -77,6 +79,7 @@ class ServedVerbalizer(ABC):
         served: What it serves.
         rows: The embedding table, of which the prompt's rows are read.
         said: What of its settings makes its answers others than an engine's here.
+        digest: A hash of what the client has of the model's weights.
     """
 
     engine: str
@@ -86,6 +89,7 @@ class ServedVerbalizer(ABC):
         self.eos_ids, self.server, self.served = half.eos_ids, half.server, half.served
         self.rows, self._marker_id = half.rows, half.spec.injection_token_id
         self.said: tuple[str, ...] = ()
+        self.digest = half.digest
 
     def settle(self) -> None:
         """Asks how the server was started, logs what of it counts, and has it read an embedding.
@@ -259,7 +263,9 @@ def open_half(
     named = SimpleNamespace(generation_config=generation, config=config, name_or_path=str(path))
     with Channel(server.hurried()) as channel:
         served = pick(listed(channel.get("/v1/models"), server.url), checkpoint, server)
-    return Half(spec, server, served, rows, find_eos_ids(named), config)
+    adapter = checkpoint.path / WEIGHTS_NAME if checkpoint.is_adapter else None
+    digest = rows.digest(adapter)
+    return Half(spec, server, served, rows, find_eos_ids(named), config, digest)
 
 
 def _dtype(server: Server, placement: Placement) -> torch.dtype | None:
