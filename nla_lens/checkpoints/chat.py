@@ -9,7 +9,7 @@ from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checkpoints.user_turn import user_turn
 from nla_lens.checks import naming
 from nla_lens.errors import NLAError
-from nla_lens.models.tokens import render_chat
+from nla_lens.models.tokens import check_steady, render_chat, tokenize
 from nla_lens.stream.injection import find_marker
 
 if TYPE_CHECKING:
@@ -28,9 +28,10 @@ def canonical_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> Promp
     """The sidecar's prompt, checked against the live tokenizer.
 
     Raises:
-        NLAError: The marker is not one token or not the sidecar's, or its neighbours differ.
+        NLAError: The marker is not one token or not the sidecar's, or its neighbours differ; or
+            the chat template writes another prompt each time.
     """
-    marker_ids = tokenizer.encode(spec.injection_char, add_special_tokens=False)
+    marker_ids = tokenize(tokenizer, spec.injection_char, add_special_tokens=False)
     if marker_ids != [spec.injection_token_id]:
         raise NLAError(
             f"tokens.injection_token_id: the marker {spec.injection_char!r} is {marker_ids} for "
@@ -40,5 +41,6 @@ def canonical_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> Promp
     with naming("prompt_templates.av"):
         content = user_turn(spec)
     ids = render_chat(tokenizer, content, options=spec.chat_template_kwargs)
+    check_steady(tokenizer, content, ids, spec.chat_template_kwargs)
     sides = (spec.injection_left_neighbor_id, spec.injection_right_neighbor_id)
     return Prompt(tuple(ids), find_marker(ids, spec.injection_token_id, *sides))

@@ -28,11 +28,18 @@ from nla_lens.checkpoints.layout import (
     join,
     parent,
 )
-from nla_lens.checkpoints.needed import TOKENIZER, TOKENIZER_FILES, WEIGHTS, files_of, matching
+from nla_lens.checkpoints.needed import (
+    TOKENIZER_FILES,
+    WEIGHTS,
+    files_of,
+    matching,
+    templates_of,
+)
 from nla_lens.checkpoints.sidecar import SIDECAR_NAME, Role, Sidecar, read_sidecar
 from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError
 from nla_lens.models.lora import CONFIG_NAME, named_base
+from nla_lens.models.small_files import TEMPLATE_NAME, TOKENIZER_NAMES
 
 _MOST_UPWARD: Final = 2
 
@@ -60,18 +67,18 @@ class Checkpoint:
     @cached_property
     def sidecar(self) -> Sidecar:
         """The parsed `nla_meta.yaml`, its own or the nearest one above it."""
-        return read_sidecar(self._nearest(SIDECAR_NAME) or self.path)
+        return read_sidecar(self.nearest(SIDECAR_NAME) or self.path)
 
     @property
     def sidecar_path(self) -> Path | None:
         """Its own sidecar, or the nearest one above it."""
-        home = self._nearest(SIDECAR_NAME)
+        home = self.nearest(SIDECAR_NAME)
         return None if home is None else home / SIDECAR_NAME
 
     @property
     def calibration_path(self) -> Path | None:
         """`nla_calibration.json`, its own or the nearest one above it."""
-        home = self._nearest(CALIBRATION_NAME)
+        home = self.nearest(CALIBRATION_NAME)
         return None if home is None else home / CALIBRATION_NAME
 
     @cached_property
@@ -95,7 +102,7 @@ class Checkpoint:
     @property
     def tokenizer_path(self) -> str:
         """Where its tokenizer is: beside it, above it in its repository, or with its base."""
-        found = self._nearest(*TOKENIZER)
+        found = self.nearest(*TOKENIZER_NAMES)
         return str(found or self.base or self.path)
 
     def check_role(self, role: Role) -> None:
@@ -116,7 +123,7 @@ class Checkpoint:
                 f"{self.name} is {what[found]}, not {what[role]} ({by}); pass it as {found}="
             )
 
-    def _nearest(self, *names: str) -> Path | None:
+    def nearest(self, *names: str) -> Path | None:
         """Its own directory or the nearest one above it, up to the root, with one of these."""
         homes = [self.path]
         while self.root is not None and homes[-1] != self.root and homes[-1].parent != homes[-1]:
@@ -274,15 +281,13 @@ def _open_hub(
     if role is not None and not folder and not is_half:
         folder = pick_on_hub(repo, revision, role, *hub_folders(repo, revision)) or ""
     wanted = files_of(folder, files, patterns)
-    home = hub.nearest(files, folder, SIDECAR_NAME)
-    if home is not None:
-        wanted.add(join(home, SIDECAR_NAME))
-    calibrated = hub.nearest(files, folder, CALIBRATION_NAME)
-    if calibrated is not None:
-        wanted.add(join(calibrated, CALIBRATION_NAME))
-    tokenizer = hub.nearest(files, folder, *TOKENIZER)
+    for name in (SIDECAR_NAME, CALIBRATION_NAME, TEMPLATE_NAME):
+        home = hub.nearest(files, folder, name)
+        if home is not None:
+            wanted.add(join(home, name))
+    tokenizer = hub.nearest(files, folder, *TOKENIZER_NAMES)
     if tokenizer not in (None, folder):
-        wanted |= matching(tokenizer, files, TOKENIZER_FILES)
+        wanted |= matching(tokenizer, files, TOKENIZER_FILES) | templates_of(tokenizer, files)
     root = hub.download(repo, revision, wanted)
     opened = Checkpoint(join(repo, folder), root / folder, revision, root)
     _fetch_mean(opened, root, repo, revision, files)

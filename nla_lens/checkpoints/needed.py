@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 from typing import Final
 
-from nla_lens.checkpoints.layout import parent
+from nla_lens.checkpoints.layout import join, parent
+from nla_lens.models.small_files import TEMPLATES_FOLDER
 
 SMALL_FILES: Final = ("*.json", "*.yaml", "*.jinja", "*.txt", "*.model")
 WEIGHTS: Final = ("*.safetensors",)
@@ -14,7 +15,6 @@ _NEVER: Final = (
     "trainer_state.json", "*_results.json", "requirements*.txt", "consolidated*", "optimizer*",
     "scheduler*", "random_states*", "rng_state*",
 )  # fmt: skip
-TOKENIZER: Final = ("tokenizer_config.json", "tokenizer.json")
 TOKENIZER_FILES: Final = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "chat_template*", "*.model",
@@ -22,8 +22,13 @@ TOKENIZER_FILES: Final = (
 
 
 def files_of(folder: str, files: frozenset[str], patterns: tuple[str, ...]) -> set[str]:
-    """What is needed of a folder: the files in it, none of the folders under it."""
-    return matching(folder, files, (*SMALL_FILES, *patterns))
+    """What is needed of a folder: the files in it, and of the folders under it chat templates."""
+    return matching(folder, files, (*SMALL_FILES, *patterns)) | templates_of(folder, files)
+
+
+def templates_of(folder: str, files: frozenset[str]) -> set[str]:
+    """Chat templates beside the one that is usual."""
+    return matching(join(folder, TEMPLATES_FOLDER), files, ("*.jinja",))
 
 
 def matching(folder: str | None, files: frozenset[str], patterns: tuple[str, ...]) -> set[str]:

@@ -9,18 +9,16 @@ closes somewhere else.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
+from nla_lens.checkpoints.template import own_template, read_tokenizer_config, template_of
 from nla_lens.checkpoints.user_turn import user_turn
-from nla_lens.disk.reading import read_bytes, read_json
 from nla_lens.errors import NLAError
-
-_TEMPLATE_FILE: Final = "chat_template.jinja"
+from nla_lens.models.templates import render_text
 
 _THOUGHT: Final = re.compile(
     r"think|thought|reason|analysis|scratch_?pad|reflect|ruminat|deliberat|monolog|(^|_)cot($|_)",
@@ -127,45 +125,25 @@ def open_block_of(spec: NLASpec, av: Checkpoint) -> str | None:
         NLAError: The chat template is missing or damaged, or fails.
     """
     home = Path(av.tokenizer_path)
-    config: Mapping[str, Any] = {}
-    if (home / "tokenizer_config.json").is_file():
-        config = read_json(home / "tokenizer_config.json")
-    template = config.get("chat_template")
-    if (home / _TEMPLATE_FILE).is_file():
-        template = read_bytes(home / _TEMPLATE_FILE).decode("utf-8", "replace")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
-        template = named.get("default")
-    if not isinstance(template, str):
+    template = own_template(av) or template_of(home)
+    if template is None and av.is_adapter and av.base is not None:
+        template = template_of(Path(av.base))
+    if template is None:
         raise NLAError(f"{home} has no chat template")
+    config = read_tokenizer_config(home)
     texts = {key: _text(value) for key, value in config.items() if key.endswith("_token")}
     tokens = {key: text for key, text in texts.items() if isinstance(text, str)}
     content = user_turn(spec)
-    rendered = _render(template, content, {**tokens, **spec.chat_template_kwargs})
-    return open_block_in(spec, rendered, template)
+    values = {
+        "tools": None,
+        "documents": None,
+        **tokens,
+        **spec.chat_template_kwargs,
+        "messages": [{"role": "user", "content": content}],
+        "add_generation_prompt": True,
+    }
+    return open_block_in(spec, render_text(template, values), template)
 
 
 def _text(token: Any) -> Any:
     return token.get("content") if isinstance(token, Mapping) else token
-
-
-def _render(template: str, content: str, names: Mapping[str, Any]) -> str:
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise NLAError(f"the chat template refuses the prompt: {message}")
-
-    try:
-        # As transformers has it.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-        given = {"messages": [{"role": "user", "content": content}], "add_generation_prompt": True}
-        return environment.from_string(template).render(**{**names, **given})
-    except NLAError:
-        raise
-    # A template may raise anything.
-    except Exception as error:
-        raise NLAError(f"the chat template fails ({type(error).__name__}: {error})") from error

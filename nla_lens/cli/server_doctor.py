@@ -22,8 +22,8 @@ from nla_lens.engines.served.server import Server
 from nla_lens.engines.served.verbalizer import ServedVerbalizer
 from nla_lens.errors import NLAError
 from nla_lens.foreign import scrub
+from nla_lens.halves.loading import load_av_tokenizer
 from nla_lens.models.placement import Placement
-from nla_lens.models.weights import load_tokenizer
 
 _N_TOKENS: Final = 4
 _SAME: Final = 1e-3
@@ -60,7 +60,7 @@ def _examine(
     from nla_lens.engines import load_verbalizer_engine
 
     av = open_small(name_halves(name, None, None)[0], role="av", revision=revision)
-    tokenizer = load_tokenizer(av.tokenizer_path)
+    tokenizer = load_av_tokenizer(av)
     prompt = canonical_prompt(spec, tokenizer)
     try:
         loaded: Any = load_verbalizer_engine(engine, av, spec, Placement(), server)

@@ -14,6 +14,7 @@ from nla_lens.checkpoints.folders import Name
 from nla_lens.checkpoints.layout import HEAD_NAME
 from nla_lens.checkpoints.pairs import Bases, open_halves
 from nla_lens.checkpoints.spec import build_spec
+from nla_lens.checkpoints.template import own_template
 from nla_lens.checks import is_int, naming
 from nla_lens.engines import (
     is_remote,
@@ -75,7 +76,7 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None, Che
     )
     mean_D = load_mean(av, ar, spec.d_model)
     foreign_code = request.placement.trust_remote_code
-    tokenizer = load_tokenizer(av.tokenizer_path, trust_remote_code=foreign_code)
+    tokenizer = load_av_tokenizer(av, trust_remote_code=foreign_code)
     with naming(av.sidecar.path):
         prompt = canonical_prompt(spec, tokenizer)
     verbalizing = (engines["av"], av, spec, request.placement, request.url)
@@ -96,6 +97,24 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None, Che
     longest = av.config.get("max_position_embeddings")
     longest = longest if is_int(longest) else None
     return Verbalizer(spec, tokenizer, engine, prompt, mean_D, longest), reconstructor, av
+
+
+def load_av_tokenizer(av: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a verbalizer, with the chat template that is its own.
+
+    An adapter's template may lie beside it while its tokenizer is its base's, or the other way
+    round.
+
+    Raises:
+        NLAError: It cannot be loaded.
+    """
+    tokenizer = load_tokenizer(av.tokenizer_path, trust_remote_code=trust_remote_code)
+    template = own_template(av)
+    if template is not None:
+        tokenizer.chat_template = template
+    elif not tokenizer.chat_template and av.is_adapter and av.base is not None:
+        tokenizer.chat_template = load_tokenizer(av.base).chat_template
+    return tokenizer
 
 
 def _opening(request: Request, engine: str) -> Callable[..., Checkpoint]:

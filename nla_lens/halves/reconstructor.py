@@ -16,6 +16,7 @@ from nla_lens.checks import is_unicode, naming
 from nla_lens.engines import ReconstructorEngine
 from nla_lens.errors import NLAError
 from nla_lens.models.ambient import undisturbed
+from nla_lens.models.tokens import tokenize
 from nla_lens.stream.template import fill
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def check_texts(texts: Iterable[str]) -> list[str]:
 def tokenize_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The prompt for one text; special-token strings and braces inside it stay as they are."""
     prompt = fill(spec.ar_template or "", "{explanation}", text)
-    return list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
+    return tokenize(tokenizer, prompt)
 
 
 def check_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,10 +19,12 @@ from nla_lens.checkpoints.card import model_card
 from nla_lens.checkpoints.layout import HEAD_NAME
 from nla_lens.checkpoints.needed import TOKENIZER_FILES
 from nla_lens.checkpoints.sidecar import SIDECAR_NAME, Role
+from nla_lens.checkpoints.template import template_of
 from nla_lens.checkpoints.writing import sidecar_text
 from nla_lens.disk.folder import scratch, write_folder
 from nla_lens.disk.writing import writing
 from nla_lens.errors import NLAError
+from nla_lens.models.small_files import TEMPLATE_NAME
 
 if TYPE_CHECKING:
     from nla_lens.checkpoints.spec import NLASpec
@@ -193,10 +195,15 @@ def _write_tokenizer(tokenizer: Any, home: Path) -> None:
     source = Path(str(tokenizer.name_or_path))
     if (source / "tokenizer_config.json").is_file():
         for path in sorted(source.iterdir()):
-            if any(fnmatch.fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES):
+            named = any(fnmatch.fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES)
+            if named and path.is_file():
                 shutil.copyfile(path, home / path.name)
-        return
-    tokenizer.save_pretrained(str(home))
+    else:
+        tokenizer.save_pretrained(str(home))
+    # It may come from elsewhere: from an adapter, or a folder of several.
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    if template is not None and template_of(home) != template:
+        (home / TEMPLATE_NAME).write_bytes(template.encode("utf-8"))
 
 
 def _write_head(reconstructor: Reconstructor, model: Any, home: Path) -> None:

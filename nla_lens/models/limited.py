@@ -93,13 +93,18 @@ def _start() -> subprocess.Popen[bytes]:
 _child = _Child()
 
 
-def render(template: str, values: Mapping[str, Any]) -> str:
+def render(template: str, values: Mapping[str, Any], now: str | None = None) -> str:
     """The text of a chat template.
+
+    Args:
+        template: The template.
+        values: What it is given.
+        now: What it is told the time is, as ISO 8601; None is the present.
 
     Raises:
         NLAError: It takes too long, is too long, or raises something.
     """
-    return str(_ask({"what": "render", "template": template, "values": values}))
+    return str(_ask({"what": "render", "template": template, "values": values, "now": now}))
 
 
 def check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:

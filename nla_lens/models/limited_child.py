@@ -19,8 +19,12 @@ MOST_TEXT = 4 << 20
 MOST_SECONDS = 60
 
 
-def environment() -> Any:
-    """As transformers renders chat templates (utils/chat_template_utils.py)."""
+def environment(now: str | None = None) -> Any:
+    """As transformers renders chat templates (utils/chat_template_utils.py).
+
+    Args:
+        now: What templates are told it is, as ISO 8601; None is the present.
+    """
     import datetime
 
     import jinja2
@@ -60,7 +64,12 @@ def environment() -> Any:
     )
     made.filters["tojson"] = tojson
     made.globals["raise_exception"] = raise_exception
-    made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+
+    def strftime_now(form: str) -> str:
+        clock = datetime.datetime
+        return (clock.now() if now is None else clock.fromisoformat(now)).strftime(form)
+
+    made.globals["strftime_now"] = strftime_now
     return made
 
 
@@ -68,7 +77,8 @@ def render(request: dict[str, Any]) -> str:
     """The text of a chat; MemoryError where it is too long."""
     pieces: list[str] = []
     length = 0
-    for piece in environment().from_string(request["template"]).generate(**request["values"]):
+    made = environment(request.get("now"))
+    for piece in made.from_string(request["template"]).generate(**request["values"]):
         length += len(piece)
         if length > MOST_TEXT:
             raise MemoryError(f"more than {MOST_TEXT} characters")

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError, NLAWarning
+from nla_lens.models.small_files import TOKENIZER_NAMES
 
 CONFIG_NAME: Final = "adapter_config.json"
 _NOT_MERGED: Final = {
@@ -145,6 +146,6 @@ def _tokens_of(path: str | Path) -> int:
     """How many tokens the tokenizer beside an adapter has; 0 where there is none."""
     from transformers import AutoTokenizer
 
-    if not (Path(path) / "tokenizer_config.json").is_file():
+    if not any((Path(path) / name).is_file() for name in TOKENIZER_NAMES):
         return 0
     return len(AutoTokenizer.from_pretrained(str(path)))

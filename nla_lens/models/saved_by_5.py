@@ -53,6 +53,9 @@ def tokenizer_saved_by_5(path: str | Path) -> Any:
         str(path), **(listed if isinstance(extra, list) else {})
     )
     saved = Tokenizer.from_file(str(whole_file))
+    # transformers cuts and pads where it is told to, whatever stands here.
+    saved.no_truncation()
+    saved.no_padding()
     for text in (*_PROBES, *tokenizer.all_special_tokens):
         if tokenizer(text)["input_ids"] != saved.encode(text).ids:
             raise NLAError(

@@ -19,6 +19,10 @@ from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError
 from nla_lens.models.weight_files import check_weight_files
 
+TOKENIZER_NAMES: Final = ("tokenizer_config.json", "tokenizer.json")
+"""Where one of these is, a tokenizer is."""
+TEMPLATE_NAME: Final = "chat_template.jinja"
+TEMPLATES_FOLDER: Final = "additional_chat_templates"
 INDEX_NAME: Final = "model.safetensors.index.json"
 _MOST_INDEX_BYTES: Final = 64 << 20
 _MOST_BLOCKS: Final = 4096
@@ -190,15 +194,20 @@ def _bytes_of_weights(directory: Path) -> int:
     return sum(sizes)
 
 
-def check_tokenizer_config(path: str | Path) -> None:
+def check_tokenizer_config(path: str | Path) -> dict[str, Any]:
     """Looks at tokenizer_config.json.
+
+    Returns:
+        What stands in it; nothing where there is none.
 
     Raises:
         NLAError: Damaged, or a length that is no number.
     """
     found = find_small_file(path, "tokenizer_config.json")
     if found is None:
-        return
-    longest = read_json(found).get("model_max_length")
+        return {}
+    config = read_json(found)
+    longest = config.get("model_max_length")
     if longest is not None and not (is_number(longest) and longest > 0):
         raise NLAError(f"{found}: model_max_length is {longest!r:.80}; expected a number of tokens")
+    return config

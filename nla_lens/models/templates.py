@@ -15,6 +15,8 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from nla_lens.errors import NLAError, told
+from nla_lens.models import limited_child
 from nla_lens.models.limited import render
 
 _MOST_CHARACTERS: Final = 1 << 17
@@ -35,6 +37,7 @@ _METHODS: Final = {
     "split", "strip", "lstrip", "rstrip", "startswith", "endswith", "lower", "upper", "title",
     "items", "keys", "values", "get",
 }  # fmt: skip
+_TWO_TIMES: Final = ("2001-02-03T04:05:06.070809", "2032-11-10T19:18:17.161514")
 _FUNCTIONS: Final = {"raise_exception", "strftime_now", "namespace"}
 
 
@@ -52,10 +55,51 @@ def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **opti
     template = tokenizer.get_chat_template()
     if is_plain(template):
         return tokenizer.apply_chat_template(messages, tokenize=True, **options)
-    given = {"messages": messages, "tools": None, "documents": None}
-    text = render(template, {**given, **tokenizer.special_tokens_map, **options})
+    text = render(template, _given(tokenizer, messages, options))
     # As `apply_chat_template` does: the template has put the special tokens in.
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def is_dated(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> bool:
+    """Whether a tokenizer's chat template writes the date or the time into messages.
+
+    Raises:
+        NLAError: As `apply_template`.
+    """
+    template = tokenizer.get_chat_template()
+    if "strftime_now" not in template:
+        return False
+    given = _given(tokenizer, messages, options)
+    return len({render_text(template, given, now) for now in _TWO_TIMES}) > 1
+
+
+def render_text(template: str, values: Mapping[str, Any], now: str | None = None) -> str:
+    """The text of a chat template; one that is not plain is rendered in a process of its own.
+
+    Args:
+        template: The template.
+        values: What it is given, `messages` among it.
+        now: See `limited.render`.
+
+    Raises:
+        NLAError: It takes too long, or raises something.
+    """
+    if not is_plain(template):
+        return render(template, values, now)
+    try:
+        return limited_child.render({"template": template, "values": values, "now": now})
+    # A template may raise anything.
+    except Exception as error:
+        raise NLAError(f"{type(error).__name__}: {error}") from told(error)
+
+
+def _given(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a template is given. Keys of messages that are None are left out, as by 5.24."""
+    said = [{key: value for key, value in m.items() if value is not None} for m in messages]
+    given = {"messages": said, "tools": None, "documents": None}
+    return {**given, **tokenizer.special_tokens_map, **options}
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,8 +20,11 @@ _LONGEST_PADDING: Final = 1 << 20
 _GROWTH: Final = {"ByteLevel": 2, "Precompiled": 4, "NFKC": 4, "NFKD": 4, "NFD": 3, "NFC": 3}
 
 
-def check_tokenizer(path: Path) -> None:
+def check_tokenizer(path: Path) -> dict[str, Any]:
     """Refuses a tokenizer.json of absurd numbers, or one by which texts explode.
+
+    Returns:
+        What stands in it.
 
     Raises:
         NLAError: Names what it is.
@@ -58,6 +61,13 @@ def check_tokenizer(path: Path) -> None:
     fixed = strategy.get("Fixed") if isinstance(strategy, Mapping) else 0
     if not isinstance(fixed, int) or fixed > _LONGEST_PADDING:
         raise NLAError(f"{path} pads every text to {fixed!r:.80} tokens")
+    dropout = model.get("dropout") if isinstance(model, Mapping) else None
+    if dropout:
+        raise NLAError(
+            f"{path}: model.dropout is {dropout!r:.80}: it would make other tokens of a text each "
+            "time, which is for training; set it to null"
+        )
+    return found
 
 
 def _check_lengths(path: Path, texts: Iterator[Any]) -> None:

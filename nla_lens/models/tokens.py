@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from nla_lens.checks import is_int
-from nla_lens.errors import NLAError, told
-from nla_lens.models.templates import apply_template
+from nla_lens.errors import NLAError, NLAWarning, told
+from nla_lens.models.templates import apply_template, is_dated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +89,52 @@ def render_chat(
         ) from told(error)
     # transformers 5 answers a BatchEncoding, 4.x a list.
     return list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
+
+
+def check_steady(
+    tokenizer: PreTrainedTokenizerBase, content: str, ids: list[int], options: Mapping[str, Any]
+) -> None:
+    """Looks whether a chat template writes the same each time; says where it writes the date.
+
+    Args:
+        tokenizer: As in `render_chat`, as are `content` and `options`.
+        content: The user's turn.
+        ids: What it was rendered to before.
+        options: What the template is given besides.
+
+    Raises:
+        NLAError: It does not, so that nothing could be repeated.
+    """
+    if render_chat(tokenizer, content, options=options) != ids:
+        raise NLAError(
+            f"the chat template of {tokenizer.name_or_path} writes another prompt each time it is "
+            "asked (chance, or the time of day): put a fixed text in its place"
+        )
+    turn = [{"role": "user", "content": content}]
+    if is_dated(tokenizer, turn, add_generation_prompt=True, **options):
+        warnings.warn(
+            f"the chat template of {tokenizer.name_or_path} writes the date into the prompt, so "
+            "texts may differ from day to day: where it takes one, pass "
+            'chat_template_kwargs={"date_string": "26 Jul 2024"}',
+            NLAWarning,
+            stacklevel=5,
+        )
+
+
+def tokenize(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text.
+
+    Raises:
+        NLAError: The tokenizer's files do not belong together.
+    """
+    try:
+        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    # The tokenizers library raises bare Exceptions.
+    except Exception as error:
+        raise NLAError(
+            f"the tokenizer of {tokenizer.name_or_path} fails on {text!r:.80} "
+            f"({type(error).__name__}: {error})"
+        ) from told(error)
 
 
 def token_text(tokenizer: Any) -> Callable[[int], str]:

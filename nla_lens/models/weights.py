@@ -22,6 +22,7 @@ from nla_lens.models.saved_by_5 import (
     tokenizer_saved_by_5,
 )
 from nla_lens.models.small_files import (
+    TOKENIZER_NAMES,
     check_config,
     check_generation_config,
     check_regular,
@@ -30,6 +31,7 @@ from nla_lens.models.small_files import (
 )
 from nla_lens.models.tokenizer_limits import check_tokenizer
 from nla_lens.models.turns import turn
+from nla_lens.models.two_readings import warn_of_two_readings
 from nla_lens.models.weight_files import check_unused
 
 if TYPE_CHECKING:
@@ -41,21 +43,22 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     from transformers import AutoTokenizer
 
     base = adapter_base(path)
-    if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
+    if base is not None and not any((Path(path) / name).is_file() for name in TOKENIZER_NAMES):
         path = base
 
     with _clear_errors(path, "tokenizer"):
         check_regular(path)
-        check_tokenizer_config(path)
+        config = check_tokenizer_config(path)
         built_from = find_small_file(path, "tokenizer.json")
-        if built_from is not None:
-            check_tokenizer(built_from)
+        whole = None if built_from is None else check_tokenizer(built_from)
         with _quiet_transformers():
             tokenizer = tokenizer_saved_by_5(path) if reads_as_4() else None
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(path), trust_remote_code=trust_remote_code
             )
+        if whole is not None:
+            warn_of_two_readings(str(path), tokenizer, whole, config)
     return tokenizer
 
 

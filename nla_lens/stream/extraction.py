@@ -19,7 +19,7 @@ from nla_lens.errors import NLAError
 from nla_lens.models.ambient import undisturbed
 from nla_lens.models.batching import padded_batches, right_padded
 from nla_lens.models.block_reader import kept
-from nla_lens.models.tokens import render_chat, token_text
+from nla_lens.models.tokens import render_chat, token_text, tokenize
 from nla_lens.stream.frameworks import adapter_of, find_adapter
 from nla_lens.stream.hook_point import ResidPost
 from nla_lens.stream.origin import Origin, locate
@@ -185,7 +185,7 @@ def encode(tokenizer: Any, text: Text, *, for_answer: bool = False) -> list[int]
     if isinstance(text, str):
         if not is_unicode(text):
             raise NLAError(f"the text holds half of a surrogate pair: {text!r:.80}")
-        ids = list(tokenizer(text)["input_ids"])
+        ids = tokenize(tokenizer, text)
     elif isinstance(text, Sequence) and all(isinstance(turn, Mapping) for turn in text):
         ids = render_chat(tokenizer, text, add_generation_prompt=for_answer)
     else:

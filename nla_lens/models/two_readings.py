@@ -1,0 +1,144 @@
+"""Tokenizers whose files say two things, of which each transformers takes another.
+
+transformers 4 reads tokenizer.json and lets tokenizer_config.json decide whether a BOS comes first;
+transformers 5 takes the BOS from tokenizer.json, and of some classes nothing else: it builds them
+anew. Either is fluent, and only one is what a model was trained with. So where they differ, it is
+said.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from nla_lens.errors import NLAWarning
+
+_WITH_A_BOS: Final = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
+"""Of these transformers 4 goes by `add_bos_token`, which is true where nothing is said."""
+_PROBES: Final = (
+    "The quick brown fox: it isn't 12345, \u201cé\u201d \u65e5\u672c.\n\n  a  b\t<c>\n",
+    " x",
+    "UPPER",
+)
+_MOST_ADDED: Final = 64
+_OF_THE_MODEL: Final = ("byte_fallback", "ignore_merges", "dropout")
+
+
+def warn_of_two_readings(path: str, tokenizer: Any, whole: Mapping[str, Any], config: Any) -> None:
+    """Says where a loaded tokenizer is not what its tokenizer.json says, or may be read otherwise.
+
+    Args:
+        path: Where it is, for messages.
+        tokenizer: As transformers loaded it.
+        whole: Its parsed tokenizer.json.
+        config: Its parsed tokenizer_config.json; empty where there is none.
+    """
+    found = _other_tokens(path, tokenizer, whole) or _other_beginning(tokenizer, whole, config)
+    if found:
+        warnings.warn(f"the tokenizer of {path}: {found}", NLAWarning, stacklevel=4)
+
+
+def _other_tokens(path: str, tokenizer: Any, whole: Mapping[str, Any]) -> str | None:
+    loaded = getattr(tokenizer, "backend_tokenizer", None)
+    if loaded is None:
+        return None
+    moved = list(_moved(tokenizer, whole))
+    if moved:
+        text, said, given = moved[0]
+        return (
+            f"tokenizer.json says that {text!r:.80} is the token {said}, and it is loaded as "
+            f"{given}; look which of them the model knows"
+        )
+    if _parts(loaded) == _parts_of(whole):
+        return None
+    from tokenizers import Tokenizer
+
+    alone = Tokenizer.from_str(json.dumps(whole))
+    alone.no_truncation()
+    alone.no_padding()
+    for text in _PROBES:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        due = alone.encode(text, add_special_tokens=False).ids
+        if list(ids) != due:
+            return (
+                f"as {type(tokenizer).__name__} it makes {_shown(ids)} of {text[:20]!r}, and "
+                f"tokenizer.json alone {_shown(due)}; a model that was trained with the latter "
+                "reads other tokens here (transformers 4 and 5 differ in this)"
+            )
+    return None
+
+
+def _other_beginning(
+    tokenizer: Any, whole: Mapping[str, Any], config: Mapping[str, Any]
+) -> str | None:
+    """Whether a text begins with a BOS: by either file, and here."""
+    written = _begins(whole.get("post_processor"))
+    ids, bare = (
+        tokenizer("x", add_special_tokens=with_them)["input_ids"] for with_them in (True, False)
+    )
+    here, name = list(ids)[:1] != list(bare)[:1], str(config.get("tokenizer_class"))
+    # What transformers 5 saved says the same twice, or once.
+    goes_by = name.removesuffix("Fast") in _WITH_A_BOS and "backend" not in config
+    said = config.get("add_bos_token", True) if goes_by else written
+    if not isinstance(said, bool) or said == written == here:
+        return None
+    begins = {True: "begins with a BOS", False: "begins without one"}
+    return (
+        f"a text {begins[here]}, by tokenizer.json it {begins[written]}, and by the class and "
+        f"add_bos_token in tokenizer_config.json it {begins[said]}: transformers 4 and 5 differ in "
+        "which they go by; let both say what the model was trained with"
+    )
+
+
+def _begins(step: Any) -> bool:
+    """Whether a post-processor puts a token in front."""
+    if not isinstance(step, Mapping):
+        return False
+    if isinstance(step.get("processors"), list):
+        return any(map(_begins, step["processors"]))
+    single = step.get("single")
+    if isinstance(single, list):
+        return bool(single) and isinstance(single[0], Mapping) and "SpecialToken" in single[0]
+    return step.get("type") in ("BertProcessing", "RobertaProcessing")
+
+
+def _moved(tokenizer: Any, whole: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
+    """Added tokens that have another id than in the file, up to so many of them."""
+    added = whole.get("added_tokens")
+    for token in (added if isinstance(added, list) else [])[-_MOST_ADDED:]:
+        content, said = token.get("content"), token.get("id")
+        given = tokenizer.convert_tokens_to_ids(content)
+        if given != said:
+            yield content, said, given
+
+
+def _parts(loaded: Any) -> dict[str, Any]:
+    """What makes tokens of a text, merges and vocabulary apart."""
+    found = {name: _state(getattr(loaded, name)) for name in ("normalizer", "pre_tokenizer")}
+    return found | {name: getattr(loaded.model, name, None) for name in _OF_THE_MODEL}
+
+
+def _parts_of(whole: Mapping[str, Any]) -> dict[str, Any]:
+    model = whole.get("model")
+    of_the_model = model if isinstance(model, Mapping) else {}
+    found = {name: _plain(whole.get(name)) for name in ("normalizer", "pre_tokenizer")}
+    return found | {
+        name: of_the_model.get(name, None if name == "dropout" else False) for name in _OF_THE_MODEL
+    }
+
+
+def _state(step: Any) -> Any:
+    return None if step is None else _plain(json.loads(step.__getstate__()))
+
+
+def _plain(step: Any) -> Any:
+    """Without what is about offsets alone."""
+    if isinstance(step, Mapping):
+        return {key: _plain(value) for key, value in step.items() if key != "trim_offsets"}
+    return [_plain(part) for part in step] if isinstance(step, list) else step
+
+
+def _shown(ids: Any) -> str:
+    return f"{list(ids)[:8]}".replace("]", ", ...]" if len(ids) > 8 else "]")
