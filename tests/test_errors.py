@@ -83,7 +83,7 @@ def test_what_is_no_nla_is_refused_everywhere(name: str, wrong: object) -> None:
     [
         ((), r"name a pair.*from_pretrained\(\"tiny\"\).*av="),
         (("tinny",), "no checkpoint 'tinny': not one of the embedded .*'tiny'"),
-        (("",), "has neither nla_meta.yaml"),
+        (("",), "'' names no checkpoint"),
         (("a/b/c",), "no checkpoint 'a/b/c': .* not a hub repository"),
         (("x" * 5000,), "no checkpoint 'xxx"),
         (("syvb/nanonla-qwen3-8b-L24-ar",), "is a reconstructor .* 'syvb/nanonla-qwen3-8b-L24'"),

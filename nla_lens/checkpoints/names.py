@@ -53,6 +53,9 @@ def name_halves(
     for given in (name, av, ar):
         if given is not None and not isinstance(given, (str, os.PathLike)):
             raise NLAError(f"a checkpoint is a name or a directory, found {given!r:.80}")
+        if isinstance(given, str) and not given.strip():
+            # To pathlib it is the working directory, whatever is there.
+            raise NLAError(f"{given!r:.80} names no checkpoint; pass None for none")
     name, av, ar = (g if g is None or isinstance(g, str) else to_path(g) for g in (name, av, ar))
     if name is not None and av is not None:
         raise NLAError(f"two verbalizers are named: {str(name)!r} and av={str(av)!r}")

@@ -7,6 +7,7 @@ size and depth, with each key once, whose texts are Unicode and whose numbers ar
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -106,8 +107,7 @@ def read_yaml(
     """
     content = read_bytes(path, most_bytes=most_bytes, what=what)
     try:
-        # _PlainLoader is a SafeLoader.
-        found = yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
+        found = _json_or_yaml(content.decode("utf-8"))
         _check(found, _MOST_YAML_DEPTH)
     # PyYAML's constructors raise ValueError, AttributeError and the like on odd scalars.
     except Exception as error:
@@ -115,6 +115,15 @@ def read_yaml(
     if not isinstance(found, Mapping):
         raise NLAError(f"{path} must hold a mapping, found {type(found).__name__}")
     return found
+
+
+def _json_or_yaml(text: str) -> Any:
+    """JSON is YAML, but for the tabs that PyYAML does not take."""
+    if text.startswith("{") and "\t" in text:
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text, object_pairs_hook=_each_once, parse_constant=_constant)
+    # _PlainLoader is a SafeLoader.
+    return yaml.load(text, Loader=_PlainLoader)
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -92,11 +92,17 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None, Che
             fetch_file(ar, HEAD_NAME)
         head = load_head(ar, spec.d_model)
         backbone = load_reconstructor_engine(engines["ar"], ar, spec, request.placement)
-        reconstructor = Reconstructor(spec, ar_tokenizer, backbone, head, mean_D)
+        reconstructor = Reconstructor(
+            spec, ar_tokenizer, backbone, head, mean_D, _context_length(ar)
+        )
     engine = engine or load_verbalizer_engine(*verbalizing)
-    longest = av.config.get("max_position_embeddings")
-    longest = longest if is_int(longest) else None
-    return Verbalizer(spec, tokenizer, engine, prompt, mean_D, longest), reconstructor, av
+    verbalizer = Verbalizer(spec, tokenizer, engine, prompt, mean_D, _context_length(av))
+    return verbalizer, reconstructor, av
+
+
+def _context_length(checkpoint: Checkpoint) -> int | None:
+    found: Any = checkpoint.config.get("max_position_embeddings")
+    return int(found) if is_int(found) else None
 
 
 def load_av_tokenizer(av: Checkpoint, *, trust_remote_code: bool = False) -> Any:

@@ -33,6 +33,7 @@ class Reconstructor:
         weight_DD: W, `[d, d]` float32.
         bias_D: Bias of the head, where it has one.
         mean_D: `[d]` float32, added to what is reconstructed; None adds nothing.
+        context_length: Most tokens the model was made for; None where nobody says.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Reconstructor:
         engine: ReconstructorEngine,
         head: dict[str, Tensor],
         mean_D: Tensor | None = None,
+        context_length: int | None = None,
     ) -> None:
         """Joins what was loaded; `check_prompt(spec, tokenizer)` comes first."""
-        self.mean_D = mean_D
+        self.mean_D, self.context_length = mean_D, context_length
         self.spec, self.tokenizer, self.engine = spec, tokenizer, engine
         self.weight_DD, self.bias_D = head["weight"], head.get("bias")
 
@@ -66,9 +68,17 @@ class Reconstructor:
             `[n, d]` float32 on the CPU, not normalised.
 
         Raises:
-            NLAError: Not a sequence of strings.
+            NLAError: Not a sequence of strings, or one longer than the model was made for.
         """
-        resid_ND = self.engine.last_resid([self.prompt_ids(text) for text in check_texts(texts)])
+        prompts = [self.prompt_ids(text) for text in check_texts(texts)]
+        for i, ids in enumerate(prompts):
+            if self.context_length is not None and len(ids) > self.context_length:
+                raise NLAError(
+                    f"texts[{i}] is {len(ids)} tokens with its prompt, more than the "
+                    f"{self.context_length} the reconstructor was made for "
+                    "(max_position_embeddings): shorten it"
+                )
+        resid_ND = self.engine.last_resid(prompts)
         vec_ND = torch.nn.functional.linear(resid_ND, self.weight_DD, self.bias_D)
         return vec_ND if self.mean_D is None else vec_ND + self.mean_D
 

@@ -33,6 +33,7 @@ _ENTRIES_A_BYTE: Final = 8
 _SLACK: Final = 4 << 20
 _LENGTHS: Final = ("_size", "_dim", "_rank", "_heads", "_layers", "experts", "_channels")
 _NAMES: Final = ("d_model", "d_ff", "n_embd", "n_head", "n_layer", "n_inner", "ffn_dim", "n_heads")
+_INTEGERS: Final = ("max_position_embeddings", "sliding_window", "max_window_layers")
 _NO_LENGTHS: Final = ("image_size", "chunk_size", "patch_size", "kernel_size")
 
 
@@ -84,6 +85,7 @@ def check_config(path: str | Path) -> None:
         return
     config = read_json(found)
     is_here = os.path.isdir(path)
+    check_integers(config, found)
     check_sizes(config, found, _bytes_of_weights(Path(path)) if is_here else None)
     # transformers 5 reads weights from where this says.
     named = config.get("transformers_weights")
@@ -166,6 +168,19 @@ def check_sizes(config: Mapping[str, Any], path: Path, n_bytes: int | None) -> N
         raise NLAError(
             f"{path} names {n_blocks} blocks of width {width}, which its weights are too small for"
         )
+
+
+def check_integers(config: Mapping[str, Any], path: Path) -> None:
+    """Refuses texts where a config has integers: some are read only while a model runs.
+
+    Raises:
+        NLAError: Names the key and the value.
+    """
+    nested = config.get("text_config")
+    for part in (config, nested if isinstance(nested, Mapping) else {}):
+        for name, value in part.items():
+            if isinstance(value, str) and (_is_length(name) or name in _INTEGERS):
+                raise NLAError(f"{path}: {name} is {value!r:.80}; expected an integer")
 
 
 def _first(config: Mapping[str, Any], *names: str) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import blocks_of
 
 _FLOATS: Final = {"F64", "F32", "F16", "BF16"}
-_IN_A_BLOCK: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\..*(?:weight|bias)$")
+_IN_A_BLOCK: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.(.*(?:weight|bias))$")
 # Towers of other senses, heads for further tokens, and buffers that old versions saved.
 _ELSEWHERE: Final = re.compile(
     r"vision|visual|image|audio|speech|talker|mtp|encoder|rotary|inv_freq|masked_bias|(?:attn|attention)\.bias$"
@@ -55,13 +55,14 @@ def check_weight_files(paths: Iterable[Path], config: Mapping[str, Any]) -> None
                     )
 
 
-def check_unused(path: str | Path, model: Any, unused: Iterable[str]) -> None:
+def check_unused(path: str | Path, model: Any, unused: Iterable[str], *, whole: bool) -> None:
     """Refuses weights of the blocks that the model has no place for: it computes something else.
 
     Args:
         path: The checkpoint, for messages.
         model: What was loaded of it.
         unused: Names that were in its files, and are not in the model.
+        whole: It is to have all its blocks: one that is as they are, behind the last, is missed.
 
     Raises:
         NLAError: Names the first.
@@ -69,16 +70,24 @@ def check_unused(path: str | Path, model: Any, unused: Iterable[str]) -> None:
     if getattr(model, "is_quantized", False):
         # Scales, which each method keeps in its own places.
         return
-    n_blocks = len(blocks_of(model))
-    found = [
-        name
-        for name in sorted(unused)
-        if (block := _IN_A_BLOCK.search(name))
-        and int(block[1]) < n_blocks
-        and not _ELSEWHERE.search(name)
-    ]
+    blocks = blocks_of(model)
+    by_block: dict[int, list[str]] = {}
+    for name in sorted(unused):
+        block = _IN_A_BLOCK.search(name)
+        if block and not _ELSEWHERE.search(name):
+            by_block.setdefault(int(block[1]), []).append(name)
+    found = [name for i, names in sorted(by_block.items()) if i < len(blocks) for name in names]
+    if whole and _is_one_more(by_block.get(len(blocks), []), blocks):
+        found += by_block[len(blocks)]
     if found:
         raise NLAError(
             f"{path}: the weights do not fit config.json; {type(model).__name__} has no place for "
             f"{found[:5]}: it would compute something else than was trained"
         )
+
+
+def _is_one_more(names: Sequence[str], blocks: Any) -> bool:
+    """Whether names are those of a block like the others; one for further tokens has more."""
+    known = {frozenset(name for name, _ in block.named_parameters()) for block in blocks}
+    there = [_IN_A_BLOCK.search(name) for name in names]
+    return frozenset(block[2] for block in there if block) in known

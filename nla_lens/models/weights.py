@@ -15,6 +15,7 @@ from nla_lens.errors import NLAError, told
 from nla_lens.models import cutting
 from nla_lens.models.anatomy import final_norm_name, remove_final_norm, text_model
 from nla_lens.models.lora import adapter_base, merge_adapter
+from nla_lens.models.reaching import reached
 from nla_lens.models.saved_by_5 import (
     advice,
     read_rope_parameters,
@@ -45,8 +46,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     base = adapter_base(path)
     if base is not None and not any((Path(path) / name).is_file() for name in TOKENIZER_NAMES):
         path = base
+    path = reached(path)
 
-    with _clear_errors(path, "tokenizer"):
+    with _clear_errors(path, "tokenizer", trust_remote_code):
         check_regular(path)
         config = check_tokenizer_config(path)
         built_from = find_small_file(path, "tokenizer.json")
@@ -84,10 +86,11 @@ def load_causal_lm(
 
     placing = (dtype, device, device_map, quantization_config, trust_remote_code)
     base = adapter_base(path, base)
-    with _clear_errors(base or path, "generation_config.json"):
-        check_generation_config(base or path)
-    options = {"config": _load_config(base or path, trust_remote_code)}
-    model = _load(AutoModelForCausalLM, base or path, options, *placing)
+    whole = reached(base or path)
+    with _clear_errors(whole, "generation_config.json"):
+        check_generation_config(whole)
+    options = {"config": _load_config(whole, trust_remote_code)}
+    model = _load(AutoModelForCausalLM, whole, options, *placing, has_all_blocks=True)
     return model if base is None else _frozen(merge_adapter(model, path, base))
 
 
@@ -120,9 +123,10 @@ def load_backbone(
     from transformers import AutoModel, AutoModelForCausalLM
 
     base = adapter_base(path, base)
-    config = _load_config(base or path, trust_remote_code)
+    whole = reached(base or path)
+    config = _load_config(whole, trust_remote_code)
     if n_blocks is not None:
-        with _clear_errors(base or path, "config.json"):
+        with _clear_errors(whole, "config.json"):
             cutting.check_blocks(config, n_blocks, path)
     placing = (dtype, device, device_map, quantization_config, trust_remote_code)
     auto_class = AutoModel if base is None else AutoModelForCausalLM
@@ -130,7 +134,7 @@ def load_backbone(
         auto_class = cutting.cut(auto_class, n_blocks)
     # An lm_head in the file is simply not looked at; the final norm may be absent.
     options = {"config": config, **(_renaming(config) if base is None else {})}
-    model = _load(auto_class, base or path, options, *placing, needs_final_norm=base is not None)
+    model = _load(auto_class, whole, options, *placing, needs_final_norm=base is not None)
     if n_blocks is not None:
         cutting.finish(model, n_blocks)
     if base is not None:
@@ -147,6 +151,7 @@ def load_configs(path: str | Path, *, trust_remote_code: bool = False) -> tuple[
     """
     from transformers import GenerationConfig
 
+    path = reached(path)
     config = _load_config(path, trust_remote_code)
     with _clear_errors(path, "generation_config.json"):
         check_generation_config(path)
@@ -187,6 +192,7 @@ def _load(
     quantization_config: Any,
     trust_remote_code: bool,
     needs_final_norm: bool = True,
+    has_all_blocks: bool = False,
 ) -> PreTrainedModel:
     if quantization_config is not None:
         # Not passed on as None: that would hide the one in config.json.
@@ -210,7 +216,7 @@ def _load(
             f"{path}: the weights do not fit config.json; missing {missing[:5]}, of another shape "
             f"{[_mismatch(m) for m in sorted(report['mismatched_keys'])[:5]]}{advice(path)}"
         )
-    check_unused(path, model, report["unexpected_keys"])
+    check_unused(path, model, report["unexpected_keys"], whole=has_all_blocks)
     if device is not None and device_map is None:
         with _clear_errors(path, "model"):
             model = model.to(device)
@@ -241,7 +247,15 @@ def _frozen(model: Any) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _clear_errors(path: str | Path, what: str) -> Iterator[None]:
+def _clear_errors(path: str | Path, what: str, foreign_code: bool | None = None) -> Iterator[None]:
+    """Says of which file it is what went wrong.
+
+    Args:
+        path: The checkpoint.
+        what: What is read.
+        foreign_code: Of what reads config.json on its way, and may have failed there:
+            `trust_remote_code`.
+    """
     try:
         yield
     except NLAError:
@@ -251,6 +265,9 @@ def _clear_errors(path: str | Path, what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if foreign_code is not None:
+            # Where config.json is what cannot be read, this raises.
+            _load_config(path, foreign_code)
         reason = " ".join(str(error).split())[:400]
         raise NLAError(
             f"the {what} of {path} cannot be loaded ({type(error).__name__}: {reason})"
