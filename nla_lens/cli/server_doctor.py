@@ -7,7 +7,7 @@ block 0: a token more or less, or Gemma's factor, would show in the log-probabil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from nla_lens.checkpoints.chat import Prompt, canonical_prompt
 from nla_lens.checkpoints.names import name_halves
 from nla_lens.checkpoints.spec import NLASpec, read_spec
 from nla_lens.cli.output import Finding
-from nla_lens.engines import Job
+from nla_lens.engines.served.alike import readings
 from nla_lens.engines.served.channel import Channel
 from nla_lens.engines.served.prompt_rows import open_small
 from nla_lens.engines.served.server import Server
@@ -120,16 +120,6 @@ def _embeddings(engine: ServedVerbalizer, prompt: Prompt) -> Finding:
 
 def _readings(engine: ServedVerbalizer, prompt: Prompt) -> tuple[_Reading, _Reading]:
     """Ids and log-probabilities of the first tokens after the prompt, as ids and as embeddings."""
-    embed_TD = engine.embed(prompt.ids)
-    job = Job(prompt.ids, prompt.marker, embed_TD[prompt.marker][None], _N_TOKENS, lambda _: False)
-    with Channel(engine.server.hurried(), engine.tell) as channel:
-        found = [
-            channel.post(engine.path, body).result()
-            for body in engine.comparable(embed_TD[None], job)
-        ]
-    as_ids, as_embeds = (_reading(engine.log_probs(answer)) for answer in found)
+    found = readings(engine, prompt.ids, prompt.marker, _N_TOKENS, slice(None))
+    as_ids, as_embeds = (([t for t, _ in one], [p for _, p in one]) for one in found)
     return as_ids, as_embeds
-
-
-def _reading(pairs: Sequence[tuple[Any, Any]]) -> _Reading:
-    return [int(token) for token, _ in pairs], [float(logprob) for _, logprob in pairs]

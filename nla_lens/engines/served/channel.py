@@ -18,11 +18,11 @@ from collections.abc import Callable, Coroutine, Mapping
 from concurrent import futures
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
-from nla_lens.engines.http import clean_logs, import_anyio
+from nla_lens.engines.http import clean_logs
+from nla_lens.engines.served.client import need_packages, open_client
 from nla_lens.engines.served.server import Server
-from nla_lens.errors import NLAError, NLARemoteError
+from nla_lens.errors import NLARemoteError
 from nla_lens.foreign import harmless, scrub, without_key_in
 
 if TYPE_CHECKING:
@@ -30,41 +30,49 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_CONNECT_SECONDS: Final = 10.0
-# Shorter than the 5 s after which uvicorn closes a connection that is not used: a request sent into
-# one that is just being closed would be lost.
-_IDLE_SECONDS: Final = 2.0
 _JOIN_SECONDS: Final = 5.0
-_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 _TOO_BUSY: Final = (429, 502, 503)
 _SMALL_ANSWER: Final = 4 << 20
 _MOST_WORDS: Final = 400
 
+MODELS: Final = "/v1/models"
 Tell = Callable[[int, str], "NLARemoteError | None"]
 """Status and words of a refusal -> what it means for this kind of server; None: nothing special."""
 
 
 class _NotRunError(Exception):
-    """The request was not run, and may be sent again."""
+    """The request was not run, and may be sent again.
 
-    def __init__(self, told: NLARemoteError) -> None:
+    Attributes:
+        told: What it is if it stays so.
+        was_away: Whoever answers next may be another.
+    """
+
+    def __init__(self, told: NLARemoteError, *, was_away: bool) -> None:
         super().__init__(str(told))
-        self.told = told
+        self.told, self.was_away = told, was_away
 
 
 class Channel:
     """Connections to one server; a context manager."""
 
-    def __init__(self, server: Server, tell: Tell = lambda status, words: None) -> None:
+    def __init__(
+        self,
+        server: Server,
+        tell: Tell = lambda status, words: None,
+        confirm: Callable[[Any], None] = lambda models: None,
+    ) -> None:
         """Args:
         server: Where, and how patiently.
         tell: What a refusal means.
+        confirm: Raises an NLARemoteError if what a server that was away lists as its models is
+            not what it was.
 
         Raises:
             NLAError: httpx or tenacity is not installed.
         """
-        _need_packages()
-        self._server, self._tell = server, tell
+        need_packages()
+        self._server, self._tell, self._confirm = server, tell, confirm
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._client: httpx.AsyncClient | None = None
@@ -75,7 +83,7 @@ class Channel:
         """
         wrong = ""
         try:
-            self._client = _client(self._server)
+            self._client = open_client(self._server)
         # Of a proxy's address, or a file of certificates: httpx raises anything.
         except Exception as error:
             wrong = self._quoted(error)
@@ -151,6 +159,19 @@ class Channel:
     async def _called(self, method: str, path: str, body: bytes | None, limit: int) -> Any:
         import tenacity
 
+        was_away = False
+
+        async def attempt() -> bytes:
+            nonlocal was_away
+            try:
+                if was_away and method == "POST":
+                    models = await self._once("GET", MODELS, None, _SMALL_ANSWER)
+                    self._confirm(self._parsed(MODELS, models))
+                return await self._once(method, path, body, limit)
+            except _NotRunError as error:
+                was_away = was_away or error.was_away
+                raise
+
         data: bytes
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_NotRunError),
@@ -159,15 +180,21 @@ class Channel:
             reraise=True,
         )
         try:
-            data = await retrying(self._once, method, path, body, limit)
+            data = await retrying(attempt)
         except _NotRunError as error:
             raise error.told from None
+        return self._parsed(path, data)
+
+    def _parsed(self, path: str, data: bytes) -> Any:
         try:
             # A server may repeat the key anywhere, and its words are quoted.
-            return without_key_in(json.loads(data), self._server.api_key)
+            found = without_key_in(json.loads(data), self._server.api_key)
         # Deeply nested: RecursionError.
         except (ValueError, RecursionError):
             raise self._error(f"answered {path} with something that is not JSON") from None
+        if isinstance(found, Mapping) and (found.get("error") or found.get("object") == "error"):
+            raise self._refusal(200, path, self._words(data))
+        return found
 
     async def _once(self, method: str, path: str, body: bytes | None, limit: int) -> bytes:
         try:
@@ -185,7 +212,7 @@ class Channel:
         told = self._refusal(status, path, self._words(data))
         if status in _TOO_BUSY:
             _log.info("HTTP %d from %s%s; trying again", status, self._server.url, path)
-            raise _NotRunError(told)
+            raise _NotRunError(told, was_away=status != 429)
         raise told
 
     async def _exchange(
@@ -204,7 +231,7 @@ class Channel:
             async with client.stream(method, path, content=body) as response:
                 return response.status_code, await self._read(response, path, limit)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise _NotRunError(self._unreachable(error)) from None
+            raise _NotRunError(self._unreachable(error), was_away=True) from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
             raise self._error(
                 f"hung up before {path} was answered ({self._quoted(error)}). The request may have "
@@ -274,33 +301,3 @@ class Channel:
         """One short line without the key and without anything that steers a terminal."""
         line = harmless(" ".join(scrub(text, self._server.api_key).split()))
         return line if len(line) <= _MOST_WORDS else f"{line[:_MOST_WORDS]}…"
-
-
-def _client(server: Server) -> httpx.AsyncClient:
-    import httpx
-
-    headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
-    if server.api_key is not None:
-        headers["Authorization"] = f"Bearer {server.api_key}"
-    return httpx.AsyncClient(
-        base_url=server.url,
-        headers=headers,
-        # The whole exchange has one limit of its own.
-        timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
-        # Proxies are not for loopback.
-        trust_env=urlsplit(server.url).hostname not in _LOOPBACK,
-        limits=httpx.Limits(max_connections=server.connections, keepalive_expiry=_IDLE_SECONDS),
-    )
-
-
-def _need_packages() -> None:
-    try:
-        import httpx
-        import tenacity
-
-        import_anyio()
-    except ImportError as error:
-        raise NLAError(
-            f"talking to a server needs {error.name}: pip install 'nla-lens[servers]'"
-        ) from error
-    del httpx, tenacity

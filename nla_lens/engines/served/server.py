@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
@@ -15,6 +16,9 @@ from nla_lens.foreign import scrub
 
 KEY_VARIABLE: Final = "NLA_LENS_API_KEY"
 """The environment variable the API key is taken from where none is given."""
+
+
+_SNAPSHOT: Final = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
 
 class _Key(str):
@@ -210,6 +214,7 @@ def pick(models: Sequence[Served], checkpoint: Checkpoint, server: Server) -> Se
             m for m in models if _is_same(m.name, checkpoint) or _is_same(m.root, checkpoint)
         ]
     if fitting:
+        _check_revision(fitting[0], checkpoint, server)
         return fitting[0]
     there = ", ".join(f"{m.name!r:.120}" for m in models[:5])
     wanted = server.model or checkpoint.name
@@ -218,6 +223,17 @@ def pick(models: Sequence[Served], checkpoint: Checkpoint, server: Server) -> Se
         "under another name, say so with url=Server(URL, model=NAME)",
         "not_deployed",
     )
+
+
+def _check_revision(served: Served, checkpoint: Checkpoint, server: Server) -> None:
+    """Raises an NLARemoteError where both lie in the hub's cache, under other revisions."""
+    there, here = (_SNAPSHOT.search(str(path)) for path in (served.root, checkpoint.path))
+    if there and here and there[1] != here[1]:
+        raise server.error(
+            f"serves revision {there[1]} of {served.name!r:.120}, and {here[1]} is loaded here: "
+            "pass that revision=, or start it with this one",
+            "not_deployed",
+        )
 
 
 def _is_same(name: str, checkpoint: Checkpoint) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from nla_lens.engines import Job, VerbalizerEngine
+from nla_lens.engines.served.alike import are_apart, reading_of
 from nla_lens.engines.served.server import Server
 from nla_lens.engines.served.spreading import spread
 from nla_lens.engines.served.verbalizer import ServedVerbalizer
@@ -69,6 +70,8 @@ def on_servers(
     members = [load(server) for server in servers]
     for member in members:
         member.settle()
+        if len(members) > 1:
+            member.reading = reading_of(member)
     return members[0] if len(members) == 1 else SeveralServers(members)
 
 
@@ -83,3 +86,9 @@ def _check_alike(first: ServedVerbalizer, other: ServedVerbalizer) -> None:
                 f"the servers at {first.server.url} and {other.server.url} differ in {what}, "
                 f"{here} and {there}: start them alike, or name one of them"
             )
+    if are_apart(first.reading, other.reading, first.rows.dtype):
+        raise NLAError(
+            f"the servers at {first.server.url} and {other.server.url} compute something else of "
+            "the same embedding: one of them runs another checkpoint, revision or dtype; name one "
+            "of them"
+        )

@@ -115,10 +115,13 @@ class SGLangVerbalizer(ServedVerbalizer):
 
     def _prompt(self, embeds_TD: Tensor, job: Job) -> str:
         key = (tuple(job.prompt_ids), job.marker)
-        if self._written[0] != key:
+        written = self._written
+        if written[0] != key:
             before, after = embeds_TD[: job.marker], embeds_TD[job.marker + 1 :]
-            self._written = key, "".join(map(_row, before)), "".join(map(_row, after))
-        _, before_text, after_text = self._written
+            # Another thread may write down its own prompt meanwhile.
+            written = key, "".join(map(_row, before)), "".join(map(_row, after))
+            self._written = written
+        _, before_text, after_text = written
         marker_D = embeds_TD[job.marker].to(self.rows.dtype)
         return "[" + (before_text + _row(marker_D) + after_text).removesuffix(", ") + "]"
 
@@ -134,6 +137,12 @@ class SGLangVerbalizer(ServedVerbalizer):
         meta = one.get("meta_info")
         reason = meta.get("finish_reason") if isinstance(meta, Mapping) else None
         return Generated(one.get("output_ids"), str(reason))
+
+    def said_model(self, answer: Any) -> str | None:
+        """The version that whoever updates weights in place gives them."""
+        meta = answer[0].get("meta_info") if isinstance(answer, list) and answer else None
+        found = meta.get("weight_version") if isinstance(meta, Mapping) else None
+        return None if found is None else str(found)
 
     def comparable(self, embeds_1TD: Tensor, job: Job) -> list[Mapping[str, Any]]:
         """See `ServedVerbalizer`."""

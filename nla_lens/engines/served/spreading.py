@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol, TypeAlias
 from torch import Tensor
 
 from nla_lens.engines import Job
-from nla_lens.engines.served.channel import Channel, Tell
+from nla_lens.engines.served.channel import MODELS, Channel, Tell
 from nla_lens.engines.served.server import Server
 from nla_lens.errors import NLAError
 
@@ -67,6 +67,8 @@ class OnServer(Protocol):
 
     def look(self) -> None: ...
 
+    def confirm(self, models: Any) -> None: ...
+
 
 class _Batch:
     """Rows of one request, and how often they failed."""
@@ -91,7 +93,12 @@ class _Lane:
 
     def has_room(self) -> bool:
         """Whether it takes another request."""
-        return self.failure is None and len(self.running) < self.engine.server.connections
+        is_in_use = self.failure is None and self.look is None
+        return is_in_use and len(self.running) < self.engine.server.connections
+
+    def confirm(self) -> None:
+        """Since it was loaded, it may have become another."""
+        self.engine.confirm(self.channel.get(MODELS))
 
     def set_aside(self, failure: NLAError) -> None:
         """Gives it nothing until it was looked at again."""
@@ -103,17 +110,21 @@ class _Lane:
         if self.failure is not None and self.look is None and time.monotonic() >= self.look_at:
             self.look = _beside(self.engine.look)
 
-    def was_looked_at(self) -> None:
-        """Takes it back, or not yet."""
-        found, self.look = self.look, None
+    def was_looked_at(self) -> NLAError | None:
+        """Takes it back, or not yet; says why it will not do that was never set aside."""
+        (found, self.look), was = (self.look, None), self.failure
         try:
             if found is not None:
                 found.result()
         except NLAError as error:
+            if was is None:
+                return error
             self.set_aside(error)
-            return
+            return None
         self.failure = None
-        _log.warning("the server at %s is back", self.engine.server.url)
+        if was is not None:
+            _log.warning("the server at %s is back", self.engine.server.url)
+        return None
 
 
 def spread(engines: Sequence[OnServer], job: Job) -> Iterator[Answered]:
@@ -128,7 +139,13 @@ def spread(engines: Sequence[OnServer], job: Job) -> Iterator[Answered]:
             first.
     """
     with contextlib.ExitStack() as stack:
-        lanes = [_Lane(e, stack.enter_context(Channel(e.server, e.tell))) for e in engines]
+        channels = [stack.enter_context(Channel(e.server, e.tell, e.confirm)) for e in engines]
+        lanes = [_Lane(e, channel) for e, channel in zip(engines, channels, strict=True)]
+        if len(lanes) == 1:
+            lanes[0].confirm()
+        else:
+            for lane in lanes:
+                lane.look = _beside(lane.confirm)
         yield from _Spreading(lanes, job).run()
 
 
@@ -208,7 +225,9 @@ class _Spreading:
     def _take(self, future: Future[Any]) -> Iterator[Answered]:
         lane = next(x for x in self._lanes if future is x.look or future in x.running)
         if future is lane.look:
-            lane.was_looked_at()
+            will_not_do = lane.was_looked_at()
+            if will_not_do is not None:
+                self._lost(lane, will_not_do, for_good=False)
             return
         batch = lane.running.pop(future)
         try:
@@ -221,7 +240,12 @@ class _Spreading:
     def _failed(self, lane: _Lane, batch: _Batch, error: NLAError) -> None:
         batch.tries += 1
         self._waiting.appendleft(batch)
-        if len(self._lanes) == 1 or batch.tries >= _TRIES_A_SERVER * len(self._lanes):
+        tries = _TRIES_A_SERVER * len(self._lanes)
+        self._lost(lane, error, for_good=len(self._lanes) == 1 or batch.tries >= tries)
+
+    def _lost(self, lane: _Lane, error: NLAError, *, for_good: bool) -> None:
+        """Ends the job, or gives a server's share to the others."""
+        if for_good:
             self._fail(error)
             return
         if lane.failure is None:

@@ -25,7 +25,8 @@ from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checks import is_int
 from nla_lens.engines import Job
-from nla_lens.engines.served.channel import Channel
+from nla_lens.engines.served.alike import Reading, are_apart, reading_of
+from nla_lens.engines.served.channel import MODELS, Channel
 from nla_lens.engines.served.prompt_rows import PromptRows, model_files, open_rows
 from nla_lens.engines.served.server import Served, Server, listed, pick
 from nla_lens.engines.served.settings import Told
@@ -80,6 +81,7 @@ class ServedVerbalizer(ABC):
         rows: The embedding table, of which the prompt's rows are read.
         said: What of its settings makes its answers others than an engine's here.
         digest: A hash of what the client has of the model's weights.
+        reading: What the server computes, where it is one of several.
     """
 
     engine: str
@@ -87,9 +89,11 @@ class ServedVerbalizer(ABC):
 
     def __init__(self, half: Half) -> None:
         self.eos_ids, self.server, self.served = half.eos_ids, half.server, half.served
-        self.rows, self._marker_id = half.rows, half.spec.injection_token_id
+        self.rows, self.marker_id = half.rows, half.spec.injection_token_id
         self.said: tuple[str, ...] = ()
         self.digest = half.digest
+        self.reading: Reading | None = None
+        self._said_model: str | None = None
 
     def settle(self) -> None:
         """Asks how the server was started, logs what of it counts, and has it read an embedding.
@@ -100,7 +104,7 @@ class ServedVerbalizer(ABC):
         self.said = self.told().check(self.server)
         for words in self.said:
             _log.warning("the server at %s: %s", self.server.url, words)
-        self.probe([self._marker_id])
+        self.probe([self.marker_id])
 
     def look(self) -> None:
         """Looks again at a server that was away.
@@ -109,10 +113,19 @@ class ServedVerbalizer(ABC):
             NLAError: It is still away, or is not what it was.
         """
         with Channel(self.server.hurried()) as channel:
-            found = listed(channel.get("/v1/models"), self.server.url)
-        if self.served not in found:
-            raise self.error(f"does not serve {self.served.name!r:.120} any more", "not_deployed")
+            self.confirm(channel.get(MODELS))
         self.settle()
+        if are_apart(self.reading, reading_of(self), self.rows.dtype):
+            raise self.error("computes something else than it did", "not_deployed")
+
+    def confirm(self, models: Any) -> None:
+        """Raises an NLARemoteError if the server's list of models has not what it had."""
+        if self.served not in listed(models, self.server.url):
+            raise self.error(
+                f"does not serve {self.served.name!r:.120} any more as it did when it was loaded: "
+                "load it again",
+                "not_deployed",
+            )
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """What enters block 0 for these ids, `[T, d]` float32 on the CPU."""
@@ -137,6 +150,10 @@ class ServedVerbalizer(ABC):
     @abstractmethod
     def tell(self, status: int, words: str) -> NLARemoteError | None:
         """What a refusal means, where this kind of server is known to mean something by it."""
+
+    @abstractmethod
+    def said_model(self, answer: Any) -> str | None:
+        """What an answer that is one says of the model that gave it."""
 
     @abstractmethod
     def comparable(self, embeds_1TD: Tensor, job: Job) -> list[Mapping[str, Any]]:
@@ -211,8 +228,21 @@ class ServedVerbalizer(ABC):
         Raises:
             NLAError: There is none, or it is something else.
         """
-        found = self.answers(future.result(), len(rows))
+        answer = future.result()
+        found = self.answers(answer, len(rows))
+        self._check_model(self.said_model(answer))
         return [(row, self._cut(one, job, row)) for row, one in zip(rows, found, strict=True)]
+
+    def _check_model(self, said: str | None) -> None:
+        """Raises an NLARemoteError where other weights answer than the first time."""
+        if self._said_model is None:
+            self._said_model = said
+        elif said != self._said_model:
+            raise self.error(
+                f"answered as {said!r:.120}, and before as {self._said_model!r:.120}: it was given "
+                "another model; load it again",
+                "not_deployed",
+            )
 
     def _cut(self, generated: Generated, job: Job, row: int) -> list[int]:
         """An answer up to where it ends by the rules of every engine."""
@@ -262,7 +292,7 @@ def open_half(
         )
     named = SimpleNamespace(generation_config=generation, config=config, name_or_path=str(path))
     with Channel(server.hurried()) as channel:
-        served = pick(listed(channel.get("/v1/models"), server.url), checkpoint, server)
+        served = pick(listed(channel.get(MODELS), server.url), checkpoint, server)
     adapter = checkpoint.path / WEIGHTS_NAME if checkpoint.is_adapter else None
     digest = rows.digest(adapter)
     return Half(spec, server, served, rows, find_eos_ids(named), config, digest)

@@ -110,6 +110,11 @@ class VLLMVerbalizer(ServedVerbalizer):
             for i in range(n)
         ]
 
+    def said_model(self, answer: Any) -> str | None:
+        """Its first name, whichever was asked for."""
+        found = answer.get("model")
+        return found if isinstance(found, str) else None
+
     def comparable(self, embeds_1TD: Tensor, job: Job) -> list[Mapping[str, Any]]:
         """See `ServedVerbalizer`."""
         embeds = {**self.body(embeds_1TD, job, [0]), "logprobs": 1}
