@@ -33,6 +33,11 @@ def is_missing(value: Any) -> bool:
         return type(value).__name__ == "NAType"
 
 
+def plain(value: Any) -> Any:
+    """What arrays, tensors and columns hold as Python's own numbers and lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def check_seed(seed: Any) -> None:
     """Refuses what is no seed.
 

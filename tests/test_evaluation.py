@@ -19,6 +19,7 @@ from nla_lens import NLA, Explanation, NLAError, evaluate, examine, extract, ste
 from nla_lens.evaluation import bootstrap
 from nla_lens.evaluation.evaluate import ROWS
 from nla_lens.evaluation.sample import Memory, Sample
+from nla_lens.halves.verbalizer import Verbalizer
 from nla_lens.results.sentences import quotes, sentences, stands_in
 
 from .tiny_world import tiny_world
@@ -371,6 +372,36 @@ def test_a_table_needs_no_weights() -> None:
 def test_bad_input_is_named(arguments: dict, named: str) -> None:
     with pytest.raises(NLAError, match=named):
         evaluate(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"budget": 0}, "budget=0 must be"),
+        ({"budget": "2"}, "budget='2' must be"),
+        ({"budget": 1.5}, "budget=1.5 must be"),
+        # As many letters as vectors.
+        ({"context": "abc"}, "context='abc' must be a list"),
+        ({"context": [1, 2, 3]}, "must be a list"),
+        ({"critic": "other-ar"}, "critic='other-ar' has no reconstruct"),
+        ({"dictionary": 5}, "dictionary=5 has no encode"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_explained(
+    tiny: NLA, monkeypatch: pytest.MonkeyPatch, arguments: dict, named: str
+) -> None:
+    monkeypatch.setattr(Verbalizer, "answers", lambda *a, **k: pytest.fail("a model runs"))
+    vectors_ND = torch.randn(3, tiny.spec.d_model, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(NLAError, match=named):
+        evaluate(tiny, vectors_ND, progress=False, **arguments)
+
+
+def test_one_vector_has_no_magnitude(tiny: NLA) -> None:
+    """The mean of one vector is that vector: R2 would be minus infinity."""
+    vector_1D = torch.randn(1, tiny.spec.d_model, generator=torch.Generator().manual_seed(0))
+    found = evaluate(tiny, vector_1D, rows=["magnitude"], max_new_tokens=3, progress=False)
+    assert found["magnitude"].verdict == "not measured"
 
 
 def test_an_nla_without_a_reconstructor_is_refused(tiny: NLA) -> None:

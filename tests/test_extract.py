@@ -232,6 +232,34 @@ def test_positions_count_in_each_text_by_itself(whole) -> None:
         assert torch.equal(some, all_of_it.as_ordinary()[[-1, 0]])
 
 
+def test_positions_as_arrays_tensors_and_masks(whole) -> None:
+    model, _ = whole("llama")
+    (everything,) = nla_lens.extract(model, TEXTS[0], LAYER)
+    n = len(everything)
+    wanted = np.zeros(n, dtype=bool)
+    wanted[[1, n - 1]] = True
+    same = [np.array([1, -1]), torch.tensor([1, -1]), wanted, torch.tensor(wanted), wanted.tolist()]
+    for given in same:
+        (some,) = nla_lens.extract(model, np.array(TEXTS[:1]), LAYER, positions=given)
+        assert torch.equal(some, everything.as_ordinary()[[1, -1]])
+    (one,) = nla_lens.extract(model, TEXTS[0], LAYER, positions=torch.tensor(-1))
+    assert torch.equal(one, everything.as_ordinary()[[-1]])
+
+
+def test_positions_that_are_none(whole) -> None:
+    model, _ = whole("llama")
+    # An iterator would give the first text its positions, and the second none.
+    for given, said in [
+        (iter([0]), "are no positions: an iterator"),
+        ("last", "position 'last' is not in"),
+        (np.ones(3, dtype=bool), "position True is not in a text of .* a mask of as many values"),
+        ([1.5], "position 1.5 is not in"),
+        ([True, 1], "position True is not in"),
+    ]:
+        with pytest.raises(NLAError, match=said):
+            nla_lens.extract(model, TEXTS[:2], LAYER, positions=given)
+
+
 def test_what_is_kept_does_not_keep_the_rest_in_memory(whole) -> None:
     (some,) = nla_lens.extract(whole("llama")[0], TEXTS[2], LAYER, positions=[-1])
     assert some.untyped_storage().nbytes() == 64 * 4

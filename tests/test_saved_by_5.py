@@ -169,3 +169,27 @@ def test_what_cannot_be_read_says_who_saved_it(
     with pytest.raises(NLAError) as refused:
         load_causal_lm(tmp_path)
     assert ("saved by transformers '5.99.0'" in str(refused.value)) == reads_as_4()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_beside_a_config_that_calls_it_tied(tmp_path: Path, family: str) -> None:
+    """5 takes the head that is there; 4 would write by the table of the embeddings."""
+    av = build_av(tmp_path / "av", family, tied=False)
+    vectors_ND = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+
+    def said() -> list[list[int]]:
+        explained = NLA.from_pretrained(av=av).explain(vectors_ND, max_new_tokens=8)
+        return [e.token_ids for e in explained]
+
+    def call_it(tied: bool) -> None:
+        path = av / "config.json"
+        config = json.loads(path.read_text())
+        for part in (config, config.get("text_config")):
+            if part is not None:
+                part["tie_word_embeddings"] = tied
+        path.write_text(json.dumps(config))
+
+    call_it(False)
+    untied = said()
+    call_it(True)
+    assert said() == untied

@@ -98,6 +98,7 @@ def evaluate(
     check_nla(nla)
     if nla.reconstructor is None:
         raise NLAError("without a reconstructor nothing can be measured; load one with ar=")
+    _check_tools(critic, dictionary)
     wishes = {"model": model, "positions": positions, "budget": budget, "seed": seed}
     with scratch() as folder:
         taken = take(
@@ -133,6 +134,24 @@ def evaluate(
         "reconstructed": len(taken.sample.reconstruct or ()),
     }
     return Report(measures, about)
+
+
+def _check_tools(critic: Any, dictionary: Any) -> None:
+    """Looks at what is only needed when everything is explained.
+
+    Raises:
+        NLAError: It cannot do what it is there for.
+    """
+    needed = {
+        "critic": (critic, ("reconstruct",)),
+        "dictionary": (dictionary, ("encode", "decode")),
+    }
+    for name, (given, verbs) in needed.items():
+        lacking = [verb for verb in verbs if not callable(getattr(given, verb, None))]
+        if given is not None and lacking:
+            raise NLAError(f"{name}={given!r:.80} has no {lacking[0]}; pass one that is loaded")
+    if getattr(critic, "reconstructor", critic) is None and critic is not None:
+        raise NLAError("critic= has no reconstructor; load one with ar=")
 
 
 def _names(rows: Sequence[str] | None) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from nla_lens.checks import is_int, is_missing, plain
 from nla_lens.errors import NLAError
 from nla_lens.evaluation.sample import Memory, Sample
 from nla_lens.jobs.job import Job
@@ -71,8 +72,16 @@ def take(
         score: Whether the rows are to hold scores; measures reconstruct for themselves.
         options: Those of `NLA.explain`.
     """
+    if budget is not None and not (is_int(budget) and budget > 0):
+        raise NLAError(f"budget={budget!r:.80} must be a positive number of vectors")
+    if context is not None and not _are_texts(context):
+        raise NLAError(
+            f"context={context!r:.80} must be a list: the text read up to each vector, or None "
+            "where it is not known"
+        )
     if positions is None:
         positions = [f"from:{nla.spec.min_position}", f"spread:{_PER_DOCUMENT}"]
+    context = None if context is None else list(plain(context))
     wished = {**options, "score": score}
     job = Job.of(
         nla,
@@ -87,6 +96,13 @@ def take(
         job = job.within(budget)
     found = run_job(job, store, about_job(job, positions, None, model), progress)
     return _taken(nla, job, found, context, seed)
+
+
+def _are_texts(context: Any) -> bool:
+    listed = plain(context)
+    return isinstance(listed, (list, tuple)) and all(
+        isinstance(c, str) or is_missing(c) for c in listed
+    )
 
 
 def _taken(nla: NLA, job: Job, store: Store, context: Sequence[str] | None, seed: int) -> Taken:
@@ -109,7 +125,9 @@ def _taken(nla: NLA, job: Job, store: Store, context: Sequence[str] | None, seed
         positions=np.asarray([-1 if row["position"] is None else row["position"] for row in rows]),
         tokens=[row["token"] for row in rows],
         contexts=[
-            context[i] if context is not None else job.reader.read_so_far(ids, row["position"])
+            (None if is_missing(context[i]) else context[i])
+            if context is not None
+            else job.reader.read_so_far(ids, row["position"])
             for i, ids, row in zip(kept, prompts, rows, strict=True)
         ],
         mse_scale=nla.spec.mse_scale,

@@ -6,6 +6,8 @@ off. So what it cannot read is handed to it in its own terms, and what came out 
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +20,8 @@ _OWN_NAMES: Final = {
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
 }
 """Rotary parameters that are not part of a scaling, by what configs of 4 call them."""
+_TABLES: Final = ("embed_tokens.weight", "lm_head.weight")
+_ROWS: Final = 4096
 _PROBES: Final = ("The quick brown fox", " a  b\n\n<c> \u00e9")
 
 
@@ -100,3 +104,31 @@ def read_rope_parameters(config: Any) -> None:
     config.rope_scaling = None if scaling.get("rope_type") in (None, "default") else scaling
     if "sliding_attention" in rope:
         config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+
+
+def keep_own_head(config: Any, path: str | Path) -> None:
+    """Lets 4 load an lm_head that a config calls tied, where the file has another one, as 5 does.
+
+    4 leaves it out, and writes fluent text by the table of the embeddings.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not (os.path.isdir(path) and getattr(config, "tie_word_embeddings", False)):
+        return
+    found: dict[str, Path] = {}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        # What is damaged is told by who loads it.
+        with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt") as held:
+            found |= {name: file for name in held.keys() if name.endswith(_TABLES)}  # noqa: SIM118
+    by_kind = [[n for n in found if n.endswith(kind)] for kind in _TABLES]
+    if any(len(names) != 1 for names in by_kind):
+        return
+    (embeds,), (head,) = by_kind
+    with safe_open(found[embeds], "pt") as one, safe_open(found[head], "pt") as other:
+        a, b = one.get_slice(embeds), other.get_slice(head)
+        rows = a.get_shape()[0]
+        is_same = a.get_shape() == b.get_shape() and all(
+            bool(a[i : i + _ROWS].equal(b[i : i + _ROWS])) for i in range(0, rows, _ROWS)
+        )
+    if not is_same:
+        config.tie_word_embeddings = False

@@ -18,6 +18,7 @@ from nla_lens.models.lora import adapter_base, merge_adapter
 from nla_lens.models.reaching import reached
 from nla_lens.models.saved_by_5 import (
     advice,
+    keep_own_head,
     read_rope_parameters,
     reads_as_4,
     tokenizer_saved_by_5,
@@ -169,6 +170,7 @@ def _load_config(path: str | Path, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         if reads_as_4():
             read_rope_parameters(getattr(config, "text_config", None) or config)
+            keep_own_head(config, path)
     return config
 
 

@@ -8,13 +8,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from nla_lens.checks import is_int, is_unicode
+from nla_lens.checks import is_int, is_unicode, plain
 from nla_lens.errors import NLAError
 from nla_lens.models.ambient import undisturbed
 from nla_lens.models.batching import padded_batches, right_padded
@@ -85,7 +85,8 @@ def extract(
         texts: Texts, tokenized with the tokenizer's special tokens; or lists of chat messages,
             rendered once by the chat template.
         layer: Index of the block, from 0; negative ones are refused.
-        positions: Keep only these tokens of each text, negative ones from the end; None keeps all.
+        positions: Keep only these tokens of each text: indices, negative ones from the end, a slice
+            or a mask; None keeps all.
         batch_size: Most texts at once; None chooses.
         tokenizer: Instead of the model's own.
         remote: Run an nnsight model, or a model named, on NDIF; only the positions asked for
@@ -102,7 +103,8 @@ def extract(
         raise NLAError(f"layer={layer!r} must be the index of a block, from 0")
     if batch_size is not None and not (is_int(batch_size) and batch_size > 0):
         raise NLAError(f"batch_size={batch_size!r} must be a positive integer")
-    if not isinstance(texts, (str, Sequence)):
+    texts = plain(texts)
+    if isinstance(texts, bytes) or not isinstance(texts, (str, Sequence)):
         raise NLAError(f"texts= is a text or a list of texts, found {texts!r:.80}")
     place = ResidPost(int(layer))
     source = open_source(model, n_blocks=place.n_blocks, tokenizer=tokenizer, remote=remote)
@@ -201,15 +203,26 @@ def pick_positions(positions: Positions, length: int) -> list[int]:
     Raises:
         NLAError: None of its tokens.
     """
+    asked: Any = plain(positions)
     try:
-        if positions is None or isinstance(positions, slice):
-            return list(range(length))[positions or slice(None)]
-        listed: list[Any] = [positions] if is_int(positions) else list(positions)  # type: ignore[arg-type]
+        if asked is None or isinstance(asked, slice):
+            return list(range(length))[asked or slice(None)]
+        if isinstance(asked, Iterator):
+            # At its end with the second text.
+            raise TypeError("an iterator; pass list(...) of it")
+        is_one = is_int(asked) or isinstance(asked, (str, bytes))
+        listed: list[Any] = [asked] if is_one else list(asked)
     except (TypeError, ValueError) as error:
-        raise NLAError(f"positions={positions!r} are no positions: {error}") from error
+        raise NLAError(f"positions={asked!r:.80} are no positions: {error}") from error
+    if len(listed) == length and all(isinstance(position, bool) for position in listed):
+        # A mask.
+        listed = [i for i, is_wanted in enumerate(listed) if is_wanted]
     for position in listed:
         if not is_int(position) or not -length <= position < length:
-            raise NLAError(f"position {position!r} is not in a text of {length} tokens")
+            raise NLAError(
+                f"position {position!r:.80} is not in a text of {length} tokens (indices, a slice, "
+                "a mask of as many values, or None for all)"
+            )
     return [int(position) % length for position in listed]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nla_lens.checks import is_int, is_number
+from nla_lens.checks import is_int, is_number, plain
 from nla_lens.errors import NLAError, NLAWarning
 from nla_lens.models.anatomy import blocks_of, width_of
 from nla_lens.models.turns import turn
@@ -74,6 +74,7 @@ def steer(
     """
     if not is_number(strength) or not math.isfinite(strength):
         raise NLAError(f"strength={strength!r} must be a finite number")
+    positions, steps = plain(positions), plain(steps)
     check_wanted("positions", positions, from_end=True)
     check_wanted("steps", steps, from_end=False)
     if nla is not None:

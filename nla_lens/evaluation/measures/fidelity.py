@@ -57,6 +57,12 @@ def magnitude(sample: Sample) -> Measure:
     vectors, said = sample.vectors_ND.double(), sample.said_ND.double()
     missed = (vectors - said).square().sum(-1).numpy()
     spread = (vectors - vectors.mean(0)).square().sum(-1).numpy()
+    if not spread.sum() > 0:
+        return missing(
+            "magnitude",
+            "raw R2 against the mean vector",
+            "the vectors do not differ from their mean",
+        )
     found = ratio(missed, spread, sample.documents, seed=sample.seed).map(-1.0, 1.0)
     ratios = said.norm(dim=-1) / vectors.norm(dim=-1).clamp_min(1e-12)
     scaled = rescale(sample.said_ND, 1.0).double() * vectors.norm(dim=-1, keepdim=True)
