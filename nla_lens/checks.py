@@ -38,13 +38,15 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def check_seed(seed: Any) -> None:
+def check_seed(seed: Any, *, may_be_none: bool = True) -> None:
     """Refuses what is no seed.
 
     Raises:
         NLAError: Names it.
     """
-    if seed is not None and not (is_int(seed) and 0 <= seed < 2**32):
+    if seed is None and may_be_none:
+        return
+    if not (is_int(seed) and 0 <= seed < 2**32):
         raise NLAError(f"seed={seed!r:.80} must be an integer from 0 to 2**32 - 1")
 
 

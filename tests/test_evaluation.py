@@ -411,6 +411,28 @@ def test_an_nla_without_a_reconstructor_is_refused(tiny: NLA) -> None:
         examine(NLA(tiny.verbalizer), torch.randn(128))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"context": 5}, "context=5 must be the text"),
+        ({"context": ["a"]}, "must be the text"),
+        ({"num_samples": 1.5}, "num_samples=1.5"),
+        ({"num_samples": "2"}, "num_samples='2'"),
+        ({"seed": -1}, "seed=-1"),
+        ({"rows": 2}, "pick one position"),
+    ],
+)
+def test_examine_looks_at_its_arguments_first(
+    tiny: NLA, monkeypatch: pytest.MonkeyPatch, arguments: dict, named: str
+) -> None:
+    monkeypatch.setattr(Verbalizer, "answers", lambda *a, **k: pytest.fail("a model runs"))
+    given = dict(arguments)
+    rows = given.pop("rows", None)
+    vector = torch.ones(128) if rows is None else torch.ones(rows, 128)
+    with pytest.raises(NLAError, match=named):
+        examine(tiny, vector, **given)
+
+
 # --- one explanation ------------------------------------------------------------------------------
 
 

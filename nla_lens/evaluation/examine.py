@@ -13,7 +13,9 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
+from nla_lens.halves.explaining import Options
 from nla_lens.nla import NLA
 from nla_lens.results.claim import Claim
 from nla_lens.results.display import to_html, to_table
@@ -103,6 +105,11 @@ def examine(
     check_nla(nla)
     if nla.reconstructor is None:
         raise NLAError("without a reconstructor no sentence can be tested; load one with ar=")
+    if context is not None and not isinstance(context, str):
+        raise NLAError(f"context={context!r:.80} must be the text read up to the vector")
+    if not is_int(num_samples) or num_samples < 0:
+        raise NLAError(f"num_samples={num_samples!r:.80} must be 0 or more")
+    nla.check_options(Options.of({**options, "seed": seed}))
     if isinstance(vector_or_explanation, str):
         vector_or_explanation, read = _read(nla, vector_or_explanation, position, model)
         context = read if context is None else context
@@ -110,9 +117,9 @@ def examine(
         explanation = vector_or_explanation
     else:
         vector = vector_or_explanation
-        explanation = nla.explain(vector, **options)  # type: ignore[assignment]
-        if not isinstance(explanation, Explanation):
+        if check_vectors(vector, nla.spec.d_model).shape:
             raise NLAError("examine looks at one vector [d]; pick one position")
+        explanation = nla.explain(vector, **options)  # type: ignore[assignment]
     vector_1D = None if vector is None else _one(nla, vector)
     samples = _samples(nla, vector_1D, num_samples, seed, options)
     claims = tuple(_claims(nla, explanation.text, vector_1D, context, samples))
@@ -149,8 +156,6 @@ def _samples(
 ) -> tuple[str, ...]:
     if n == 0 or vector_1D is None:
         return ()
-    if n < 0:
-        raise NLAError(f"num_samples={n} must be 0 or more")
     wished = {**options, "temperature": 1.0, "seed": seed, "score": False, "progress": False}
     return tuple(e.text for e in nla.explain_iter(vector_1D.expand(n, -1), **wished))
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from nla_lens.checks import is_int, is_number
+from nla_lens.checks import check_seed, is_int, is_number
 from nla_lens.errors import NLAError
 from nla_lens.evaluation.swept import NONE, RANDOM, SHUFFLED, VECTOR, Sweep, Swept
 from nla_lens.halves.explaining import Options
@@ -80,6 +80,7 @@ def sweep(
     Raises:
         NLAError: As `steer`; no strengths; an edit without an NLA that has a reconstructor.
     """
+    check_seed(seed, may_be_none=False)
     listed = _strengths(strengths)
     if not is_int(max_new_tokens) or max_new_tokens < 0:
         raise NLAError(f"max_new_tokens={max_new_tokens!r} must be 0 or more")
@@ -217,8 +218,9 @@ def _row(
     )
 
 
-def _first_token(tokenizer: Any, text: str) -> int:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+def _first_token(tokenizer: Any, text: Any) -> int:
+    is_said = isinstance(text, str) and text
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if is_said else []
     if not ids:
-        raise NLAError(f"toward={text!r} has no token to be followed")
+        raise NLAError(f"toward={text!r:.80} has no token to be followed")
     return int(ids[0])
