@@ -70,12 +70,40 @@ def _bar(what: str, show: bool | None, **options: Any) -> Iterator[Any]:
 
     # A generator may be closed by another thread than the one that began it.
     bars = _bars.open
-    with tqdm(desc=what, delay=_SHOWN_AFTER_SECONDS, leave=False, **options) as bar:
+    drawn_on = _MayBreak(sys.stderr)
+    with tqdm(desc=what, delay=_SHOWN_AFTER_SECONDS, leave=False, file=drawn_on, **options) as bar:
         bars.append(bar)
         try:
             yield bar
         finally:
             bars.remove(bar)
+
+
+class _MayBreak:
+    """A stream that costs nobody's work where it is closed, full, or a pipe nobody reads."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Writes what can be written."""
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        """As far as it can be."""
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_stream"], name)
+
+    # By this `tqdm.write` knows the bars that stand where it writes.
+    def __eq__(self, other: object) -> bool:
+        return bool(self._stream == getattr(other, "_stream", other))
+
+    def __hash__(self) -> int:
+        return hash(self._stream)
 
 
 def is_watched(show: bool | None) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import multiprocessing
+import os
 import pickle
+import signal
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +21,7 @@ from nla_lens import NLA, NLAError
 from nla_lens.engines.served.server import Server
 from nla_lens.errors import NLARemoteError
 from nla_lens.halves.explaining import Options
+from nla_lens.models import limited
 from nla_lens.models.passes import OwnPass, has_hooks
 from nla_lens.results.explanations import Explanations
 from nla_lens.stream.frameworks import Probe
@@ -132,7 +136,7 @@ class Texts(torch.utils.data.Dataset):
         return self.nla.explain(vectors()[index], max_new_tokens=5).text
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this system")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_fork_while_another_thread_is_in_a_pass(load: Callable[[str], NLA]) -> None:
     nla = load("transformers")
     wanted = [Texts(nla)[i] for i in range(2)]
@@ -215,3 +219,30 @@ def test_a_probe_stays_here(load: Callable[[str], NLA]) -> None:
     for away in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(NLAError, match="attach it where it is used"):
             away(probe)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("is_asking", [False, True])
+def test_a_fork_asks_a_process_of_its_own_about_templates(is_asking: bool) -> None:
+    """Two that read the answers of one would get one another's."""
+    assert limited.render("{{ 1 + 1 }}", {}) == "2"
+    parents = limited._child._process
+    assert parents is not None
+    with limited._child._lock if is_asking else contextlib.nullcontext():
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            status = 1
+            with contextlib.suppress(BaseException):
+                asked = [limited.render(f"{{{{ {i} }}}}", {}) for i in range(20)]
+                another = limited._child._process
+                assert asked == [str(i) for i in range(20)]
+                assert another is not None and another.pid != parents.pid
+                limited._child._end()
+                status = 0
+            os._exit(status)
+    if not is_asking:
+        asked = [limited.render(f"{{{{ {-i} }}}}", {}) for i in range(1, 20)]
+        assert asked == [str(-i) for i in range(1, 20)]
+    assert os.waitpid(child, 0)[1] == 0
+    assert limited.render("x", {}) == "x" and limited._child._process is parents

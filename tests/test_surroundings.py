@@ -1,8 +1,9 @@
-"""The process a command runs in: streams that are closed or not Unicode, terminals without a size,
-signals in the middle of a job."""
+"""The process we run in: streams that are closed or not Unicode, terminals without a size, signals
+in the middle of a job or of a pass."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -13,12 +14,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.utils.hooks import RemovableHandle
 
 import nla_lens
 from nla_lens import NLA
 from nla_lens.cli.main import main
 from nla_lens.cli.output import print_table
 from nla_lens.halves.verbalizer import Verbalizer
+from nla_lens.models.ambient import _ProcessWide
+from nla_lens.models.onednn import ByOneDNN
+from nla_lens.models.passes import OwnPass, current_pass
+from nla_lens.models.turns import turns_of
 from nla_lens.progress import is_terminal
 from nla_lens.results.display import to_table
 from nla_lens.results.explanation import Explanation
@@ -142,6 +148,34 @@ def test_what_is_no_terminal() -> None:
     assert not any(map(is_terminal, (None, shut, object(), io.StringIO())))
 
 
+@pytest.mark.parametrize("where", ["none", "no stream", "shut", "full", "a broken pipe"])
+def test_a_bar_that_cannot_be_drawn_costs_no_work(
+    where: str, nla: NLA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = torch.ones(3, nla.spec.d_model)
+    wanted = nla.explain(vectors, max_new_tokens=2, progress=False)
+    monkeypatch.setattr("nla_lens.progress._SHOWN_AFTER_SECONDS", 0)
+    if where == "full":
+        stream: Any = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    elif where == "a broken pipe":
+        read, write = os.pipe()
+        os.close(read)
+        stream = os.fdopen(write, "w", buffering=1)
+    else:
+        stream = {"none": None, "no stream": object(), "shut": io.StringIO()}[where]
+    if where == "shut":
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    try:
+        explained = nla.explain(vectors, max_new_tokens=2, progress=True)
+    finally:
+        monkeypatch.undo()
+        # What it could not write it still holds, and says so.
+        with contextlib.suppress(OSError, AttributeError):
+            stream.close()
+    assert explained == wanted
+
+
 # Signals
 
 
@@ -226,3 +260,87 @@ def test_a_signal_ends_a_command_when_what_is_finished_is_written(
     assert shown.status == status and shown.out.count("truncated") == 2
     assert shown.err.splitlines()[0] == "2 explanations were finished"
     assert signal.getsignal(number) is handler
+
+
+@pytest.mark.parametrize("nth", range(6))
+@pytest.mark.parametrize("where", ["remove", "register_forward_hook", "register_forward_pre_hook"])
+def test_a_ctrl_c_at_the_edges_of_a_pass_leaves_nothing_on_the_model(
+    where: str, nth: int, nla: NLA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a hook is put down and its handle not there yet, and where handles give hooks back."""
+    model = nla.verbalizer.engine.model
+    vectors = torch.randn(2, nla.spec.d_model, generator=torch.Generator().manual_seed(1))
+    wanted = nla.explain(vectors, max_new_tokens=3)
+    place: Any = RemovableHandle if where == "remove" else torch.nn.Module
+    whole, calls = getattr(place, where), iter(range(10**6))
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = where == "remove" and next(calls) == nth
+        if before:
+            raise KeyboardInterrupt
+        done = whole(self, *args, **kwargs)
+        if where != "remove" and next(calls) == nth:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(place, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        nla.explain(vectors, max_new_tokens=3)
+    monkeypatch.setattr(place, where, whole)
+    assert current_pass() is None
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert not module._forward_hooks_always_called and "forward" not in vars(module)
+    assert not turns_of(model.model)._holders
+    assert nla.explain(vectors, max_new_tokens=3) == wanted
+
+
+@pytest.mark.parametrize("at", ["coming in", "going out"])
+def test_a_ctrl_c_leaves_the_callers_default_dtype(at: str, monkeypatch: Any) -> None:
+    now = [torch.float64]
+    stops = iter([at == "coming in", at == "going out"])
+
+    def write(value: Any) -> None:
+        now[0] = value
+        if next(stops, False):
+            raise KeyboardInterrupt
+
+    settings = ((lambda: now[0], write, torch.float32),)
+    monkeypatch.setattr(_ProcessWide, "_SETTINGS", settings)
+    process_wide = _ProcessWide()
+    with pytest.raises(KeyboardInterrupt), process_wide:
+        assert now == [torch.float32]
+    assert now == [torch.float64]
+    with process_wide:
+        assert now == [torch.float32]
+    assert now == [torch.float64]
+
+
+def test_a_ctrl_c_leaves_no_faster_product_behind(nla: NLA, monkeypatch: Any) -> None:
+    layers = [torch.nn.Linear(2, 2) for _ in range(3)]
+    by_onednn = ByOneDNN(torch.nn.Sequential(*layers))
+
+    class Layers(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for n, pair in enumerate(list.__iter__(self)):
+                if n == 1 and next(stops, False):
+                    raise KeyboardInterrupt
+                yield pair
+
+    for answers in ([True], [False, True]):
+        stops = iter(answers)
+        by_onednn._layers = Layers((layer, layer.forward) for layer in layers)
+        with pytest.raises(KeyboardInterrupt), by_onednn:
+            assert all("forward" in vars(layer) for layer in layers)
+        assert not by_onednn._n_entered
+        assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_a_pass_that_is_over_takes_back_only_its_own(nla: NLA) -> None:
+    model = nla.verbalizer.engine.model
+    with OwnPass(model) as outer:
+        mine = len(outer._handles)
+        with pytest.raises(KeyboardInterrupt), OwnPass(model):
+            raise KeyboardInterrupt
+        found = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+        assert found == mine > 0 and current_pass() is outer

@@ -297,3 +297,14 @@ def test_a_list_of_residuals_keeps_what_they_know(as_list: Any) -> None:
 def test_among_residuals_an_ordinary_tensor_stays_unknown() -> None:
     batch = check_vectors([residual("a", 1, 10), torch.ones(1, 4), V[0]], 4)
     assert known(batch) == [("a", 0, 10), (None, UNKNOWN, -1), (None, UNKNOWN, -1)]
+
+
+def test_where_tensors_have_no_values() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    wanted = "no values that can be read here"
+    with pytest.raises(NLAError, match=wanted):
+        torch.func.vmap(lambda v_D: check_vectors(v_D, 3).vectors_ND)(torch.ones(2, 3))
+    vectors = torch.ones(2, 3)
+    with pytest.raises(NLAError, match=wanted), FakeTensorMode():
+        check_vectors(vectors, 3)

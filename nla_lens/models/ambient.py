@@ -40,11 +40,10 @@ def undisturbed() -> Iterator[None]:
         # Looked at by trying: modes answer, too, of which `get_default_device` does not know.
         if torch.empty(0).device.type != "cpu":
             entered.enter_context(torch.device("cpu"))
-        entered.enter_context(_process_wide)
+        # By `with`, which a Ctrl-C cannot part from its end as it can the calls of a stack.
         # What is made in inference mode can be used nowhere else.
-        entered.enter_context(torch.inference_mode(False))
-        entered.enter_context(torch.no_grad())
-        yield
+        with _process_wide, torch.inference_mode(False), torch.no_grad():
+            yield
 
 
 def undisturbed_steps(function: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:
@@ -95,19 +94,32 @@ class _ProcessWide:
 
     def __enter__(self) -> None:
         with self._lock:
+            try:
+                for i, (read, write, needed) in enumerate(self._SETTINGS):
+                    if (found := read()) != needed:
+                        self._wanted[i] = found
+                        write(needed)
+            except BaseException:
+                self._put_back()
+                raise
+            # The last: a Ctrl-C before it has us outside, and none comes behind it.
             self._n_inside += 1
-            for i, (read, write, needed) in enumerate(self._SETTINGS):
-                if (found := read()) != needed:
-                    self._wanted[i] = found
-                    write(needed)
 
     def __exit__(self, *exc: object) -> None:
         with self._lock:
             self._n_inside -= 1
-            if self._n_inside == 0:
-                for i, wanted in self._wanted.items():
-                    self._SETTINGS[i][1](wanted)
-                self._wanted.clear()
+            try:
+                self._put_back()
+            # May be done again where it was interrupted.
+            except BaseException:
+                self._put_back()
+                raise
+
+    def _put_back(self) -> None:
+        if self._n_inside == 0:
+            for i, wanted in list(self._wanted.items()):
+                self._SETTINGS[i][1](wanted)
+                self._wanted.pop(i, None)
 
 
 _process_wide = _ProcessWide()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -91,6 +92,26 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 _child = _Child()
+_inherited: Final[list[_Child]] = []
+
+
+def _leave_to_the_parent() -> None:
+    """A forked process asks one of its own: two that read one pipe get one another's answers."""
+    global _child
+    _inherited.append(_child)
+    process = _child._process
+    if process is not None:
+        # Not closed: the files that have these numbers may still be closed when they are collected.
+        # And not kept: the process ends when the last that holds its input does.
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for file in filter(None, (process.stdin, process.stdout)):
+            os.dup2(nothing, file.fileno(), inheritable=False)
+        os.close(nothing)
+    _child = _Child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def render(template: str, values: Mapping[str, Any], now: str | None = None) -> str:

@@ -62,12 +62,27 @@ class ByOneDNN:
     def __enter__(self) -> None:
         _here.passes.append(current_pass())
         self._n_entered += 1
-        for layer, forward in self._layers:
-            layer.__dict__.setdefault("forward", forward)
+        try:
+            for layer, forward in self._layers:
+                layer.__dict__.setdefault("forward", forward)
+        # A Ctrl-C.
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *exc: object) -> None:
-        _here.passes.pop()
         self._n_entered -= 1
+        try:
+            _here.passes.pop()
+        finally:
+            try:
+                self._clean()
+            # May be done again where it was interrupted.
+            except BaseException:
+                self._clean()
+                raise
+
+    def _clean(self) -> None:
         if self._n_entered:
             return
         for layer, forward in self._layers:

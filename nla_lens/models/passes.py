@@ -65,6 +65,10 @@ class OwnHook:
 class _OfAPass(OwnHook):
     """One that is taken back at the end of a pass."""
 
+    def belongs_to(self, own_pass: OwnPass) -> bool:
+        """Whether it was put there by a pass."""
+        return getattr(self._is_due, "__self__", None) is own_pass
+
     def __reduce__(self) -> Any:
         """A copy of a model, made by another thread in the middle of a pass, is in no pass."""
         return OwnHook, (_never, _never)
@@ -102,13 +106,22 @@ class OwnPass:
             self._kept.take_out()
             for module in self._entered:
                 self._count(module)
-        except BaseException:
-            self._end()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._end()
+    def __exit__(self, kind: type[BaseException] | None = None, *exc: object) -> None:
+        try:
+            self._end()
+            # A Ctrl-C may have come while torch put a hook down, whose handle we then never got.
+            if kind is not None and not issubclass(kind, Exception):
+                self._sweep()
+        # Or just now.
+        except BaseException:
+            self._end()
+            self._sweep()
+            raise
 
     def acts(self) -> bool:
         """Whether what runs just now is this pass: not another thread, nor a pass inside it."""
@@ -170,6 +183,7 @@ class OwnPass:
         ]
 
     def _end(self) -> None:
+        """May be called again where it was interrupted."""
         try:
             for handle in self._handles:
                 handle.remove()
@@ -178,6 +192,15 @@ class OwnPass:
                 _here.current = self._outer
         finally:
             self._turns.give_back(self)
+
+    def _sweep(self) -> None:
+        """Takes back what is hooked and has no handle."""
+        for module in {part for model in self._entered for part in model.modules()}:
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for number, hook in list(hooks.items()):
+                    if isinstance(hook, _OfAPass) and hook.belongs_to(self):
+                        hooks.pop(number, None)
+                        module._forward_hooks_always_called.pop(number, None)
 
 
 class _KeptInModules:

@@ -77,9 +77,16 @@ def check_vectors(vectors: VectorsLike, d_model: int) -> VectorBatch:
     shape = tuple(given.shape[:-1])
     origin = given.known_origin() if isinstance(given, ResidualTensor) else None
     # A copy: the caller may go on writing into the tensor while explanations are still due.
-    plain_LD = _plain(given).detach().cpu()
-    vectors_ND = plain_LD.reshape(-1, d_model).to(torch.float32, copy=True)
-    _check_values(vectors_ND, shape)
+    try:
+        plain_LD = _plain(given).detach().cpu()
+        vectors_ND = plain_LD.reshape(-1, d_model).to(torch.float32, copy=True)
+        _check_values(vectors_ND, shape)
+    # torch's own words are of control flow, or of tensors to be converted.
+    except (RuntimeError, AssertionError) as error:
+        raise NLAError(
+            f"vectors have no values that can be read here ({str(error).splitlines()[0]:.200}): "
+            "inside torch.func.vmap or FakeTensorMode nothing can be explained; do it outside"
+        ) from error
     return VectorBatch(vectors_ND, shape, None if origin is None else origin.flat())
 
 
