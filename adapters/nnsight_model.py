@@ -33,7 +33,7 @@ from nla_lens.adapters.nnsight_tracer import RecordingTracer, reduced
 from nla_lens.engines.local.nnsight_threads import let_threads
 from nla_lens.engines.ndif.source import NDIFSource, open_remote_source
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import blocks_of, width_of
+from nla_lens.models.anatomy import blocks_of, table_rows, width_of
 from nla_lens.models.passes import OwnPass
 from nla_lens.models.proof import check_stream, say_dropout
 from nla_lens.models.tokens import token_text
@@ -123,6 +123,11 @@ class NNsightSource:
     def is_whole(self) -> bool:
         """Whether there is an lm_head to write on with."""
         return self.model._module.get_output_embeddings() is not None
+
+    @property
+    def table_rows(self) -> int:
+        """How many tokens it knows."""
+        return table_rows(self._stack)
 
     @property
     def context_length(self) -> Any:

@@ -144,6 +144,11 @@ class TransformerLensSource:
         """Whether texts may be cut and padded on the right."""
         return may_cut(self.model, self.model.cfg.d_model)
 
+    @property
+    def table_rows(self) -> int:
+        """How many tokens it knows."""
+        return int(self.model.cfg.d_vocab)
+
     def check_place(self, place: ResidPost) -> None:
         """Raises an NLAError if there is no such block."""
         if place.layer >= self.model.cfg.n_layers:

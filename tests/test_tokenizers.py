@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import nla_lens
 from nla_lens import NLA, NLAError, NLAWarning
 from nla_lens.checkpoints.template import template_of
 from nla_lens.models import limited
 from nla_lens.models.saved_by_5 import reads_as_4
 from nla_lens.models.weights import load_tokenizer
 from nla_lens.stream.extraction import encode
+from nla_lens.stream.hf_source import HFSource
 
-from .checkpoints import build_lora_av, build_source
+from .checkpoints import build_lora_av, build_source, reference, write_sidecar
+from .checkpoints.sidecars import override
 from .checkpoints.texts import QWEN2_CHAT
 from .test_cli import run as run  # the fixture
 from .test_costs import COSTLY, change_json
@@ -155,8 +158,105 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
                     "pre_tokenizer": None, "post_processor": None, "decoder": None,
                     "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<no>"}})
     ).model  # fmt: skip
+    source = HFSource(AutoModelForCausalLM.from_pretrained(str(home)), tokenizer)
     with pytest.raises(NLAError, match=r"the tokenizer of .* fails on 'b'"):
-        encode(tokenizer, "b")
+        encode(source, "b")
+
+
+# --- tokens that the model lacks ---
+
+
+def add_tokens(home: Path, word: str) -> None:
+    """Makes a word the first token that the embedding of 640 rows has not."""
+
+    def change(found: dict) -> None:
+        first = max(token["id"] for token in found["added_tokens"]) + 1
+        found["added_tokens"] += [token(f"<{i}>", i) for i in range(first, 640)]
+        found["added_tokens"].append(token(word, 640))
+
+    change_tokenizer(home, change)
+    config = json.loads((home / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder")
+    (home / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+LACKING = r"makes the token 640 \('zebra'\), and the model knows 640"
+
+
+@pytest.mark.parametrize("engine", ["transformers", "transformer_lens", "nnsight"])
+def test_a_token_that_a_half_lacks(engine: str, copies: Any) -> None:
+    if engine != "transformers":
+        pytest.importorskip(engine)
+    av, ar = copies("llama")
+    add_tokens(av, "zebra")
+    add_tokens(ar, "zebra")
+    nla = NLA.from_pretrained(av=av, ar=ar, engine=engine)
+    assert nla.explain(torch.ones(64), prompt="horse <INJECT>.", max_new_tokens=2).text
+    with pytest.raises(NLAError, match=LACKING):
+        nla.explain(torch.ones(64), prompt="zebra <INJECT>.", max_new_tokens=2)
+    assert nla.reconstruct(["a horse"]).shape == (1, 64)
+    for call in (nla.reconstruct, lambda texts: nla.score(texts, torch.ones(1, 64))):
+        with pytest.raises(NLAError, match=LACKING):
+            call(["a zebra"])
+
+
+@pytest.mark.parametrize("half", ["av", "ar"])
+def test_a_prompt_that_a_half_lacks_a_token_for(half: str, copies: Any) -> None:
+    halves = dict(zip(("av", "ar"), copies("llama"), strict=True))
+    add_tokens(halves[half], {"av": "snippets", "ar": "Summary"}[half])
+    with pytest.raises(NLAError, match=r"makes the token 640 .* the model knows 640"):
+        NLA.from_pretrained(**halves)
+
+
+def test_a_token_that_the_source_lacks(copies: Any, tmp_path: Path) -> None:
+    """In a corpus it costs that document."""
+    source = build_source(tmp_path / "source", "llama")
+    add_tokens(source, "zebra")
+    nla = NLA.from_pretrained(av=copies("llama")[0])
+    chat = [{"role": "user", "content": "a zebra"}]
+    for text in ("a zebra", chat):
+        with pytest.raises(NLAError, match=LACKING):
+            nla_lens.extract(source, [text], 1)
+        with pytest.raises(NLAError, match=LACKING):
+            nla.explain_text(text, model=source)
+    store = nla_lens.explain_corpus(
+        nla, ["a zebra", "a horse"], out=tmp_path / "store", model=source, positions="last",
+        max_new_tokens=2,
+    )  # fmt: skip
+    rows = store.to_pandas().to_dict("records")
+    assert [row["document"] for row in rows] == [0, 1]
+    assert "makes the token 640" in rows[0]["error"] and rows[1]["token_id"] > 0
+
+
+@pytest.mark.parametrize("framework", ["transformer_lens", "nnsight"])
+def test_a_token_that_a_source_of_another_framework_lacks(framework: str, tmp_path: Path) -> None:
+    pytest.importorskip(framework)
+    home = build_source(tmp_path / "source", "llama")
+    add_tokens(home, "zebra")
+    hf_model = AutoModelForCausalLM.from_pretrained(str(home))
+    tokenizer = load_tokenizer(home)
+    if framework == "nnsight":
+        import nnsight
+
+        model: Any = nnsight.NNsight(hf_model)
+    else:
+        bridges = pytest.importorskip("transformer_lens.model_bridge")
+        model = bridges.TransformerBridge.boot_transformers(
+            str(home), device="cpu", tokenizer=tokenizer
+        )
+    assert len(nla_lens.extract(model, ["a horse"], 1, tokenizer=tokenizer)) == 1
+    with pytest.raises(NLAError, match=LACKING):
+        nla_lens.extract(model, ["a zebra"], 1, tokenizer=tokenizer)
+
+
+def test_a_prompt_without_tokens(copies: Any) -> None:
+    """Of a tokenizer without BOS, and a template that is the text alone."""
+    av, ar = copies("qwen2")
+    change = {"prompt_templates": {"ar": "{explanation}"}, "tokens": {"critic_suffix_ids": None}}
+    write_sidecar(ar, override(reference.read_sidecar(ar), change))
+    nla = NLA.from_pretrained(av=av, ar=ar)
+    with pytest.raises(NLAError, match="has no tokens to be read at"):
+        nla.reconstruct(["a", ""])
 
 
 # --- templates ---

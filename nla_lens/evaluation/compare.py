@@ -129,7 +129,7 @@ def _vectors(nla: NLA, side: Any, positions: Positions, model: Any) -> Any:
     if place is None:
         raise NLAError("which layer to read is not known; pass layer= to from_pretrained")
     source = nla.open_source(model)
-    prompts = [encode(source.tokenizer, text) for text in ([side] if _is_text(side) else side)]
+    prompts = [encode(source, text) for text in ([side] if _is_text(side) else side)]
     picked = [pick_positions(positions, len(ids)) for ids in prompts]
     read = read_prompts(source, prompts, picked, place)
     if not _is_text(side):

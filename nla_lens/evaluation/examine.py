@@ -137,7 +137,7 @@ def _read(nla: NLA, text: str, position: int, model: Any) -> tuple[Tensor, str]:
     if place is None:
         raise NLAError("which layer to read is not known; pass layer= to from_pretrained")
     source = nla.open_source(model)
-    ids = encode(source.tokenizer, text)
+    ids = encode(source, text)
     picked = pick_positions([position], len(ids))
     (resid_1D,) = read_prompts(source, [ids], [picked], place)
     context = source.tokenizer.decode(ids[: picked[0] + 1], skip_special_tokens=True)

@@ -102,7 +102,7 @@ def sweep(
         for name, direction in directions.items()
         for s in listed
     ]
-    ids = encode(source.tokenizer, prompt, for_answer=True)
+    ids = encode(source, prompt, for_answer=True)
     wanted = None if toward is None else _first_token(source.tokenizer, toward)
     read_at = None if nla is None else nla.spec.place or first.place
     runs = [

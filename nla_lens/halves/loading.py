@@ -95,8 +95,10 @@ def load_halves(request: Request) -> tuple[Verbalizer, Reconstructor | None, Che
         reconstructor = Reconstructor(
             spec, ar_tokenizer, backbone, head, mean_D, _context_length(ar)
         )
+        reconstructor.prompt_ids("x")
     engine = engine or load_verbalizer_engine(*verbalizing)
     verbalizer = Verbalizer(spec, tokenizer, engine, prompt, mean_D, _context_length(av))
+    verbalizer.check_ids(prompt.ids)
     return verbalizer, reconstructor, av
 
 

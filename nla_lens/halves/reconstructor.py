@@ -16,7 +16,7 @@ from nla_lens.checks import is_unicode, naming
 from nla_lens.engines import ReconstructorEngine
 from nla_lens.errors import NLAError
 from nla_lens.models.ambient import undisturbed
-from nla_lens.models.tokens import tokenize
+from nla_lens.models.tokens import check_ids, tokenize
 from nla_lens.stream.template import fill
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ class Reconstructor:
 
     def prompt_ids(self, text: str) -> list[int]:
         """The tokenized prompt for one text, with the tokenizer's special tokens (BOS)."""
-        return tokenize_prompt(self.spec, self.tokenizer, text)
+        ids = tokenize_prompt(self.spec, self.tokenizer, text)
+        check_ids(self.tokenizer, ids, getattr(self.engine, "table_rows", None))
+        return ids
 
     @undisturbed()
     def reconstruct(self, texts: Sequence[str]) -> Tensor:
@@ -109,7 +111,10 @@ def check_texts(texts: Iterable[str]) -> list[str]:
 def tokenize_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The prompt for one text; special-token strings and braces inside it stay as they are."""
     prompt = fill(spec.ar_template or "", "{explanation}", text)
-    return tokenize(tokenizer, prompt)
+    ids = tokenize(tokenizer, prompt)
+    if not ids:
+        raise NLAError(f"the reconstructor's prompt {prompt!r:.80} has no tokens to be read at")
+    return ids
 
 
 def check_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> None:

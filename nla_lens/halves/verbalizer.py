@@ -15,7 +15,7 @@ from nla_lens.checks import is_unicode
 from nla_lens.engines import Job, Unfinished, VerbalizerEngine
 from nla_lens.errors import NLAError
 from nla_lens.models.ambient import undisturbed
-from nla_lens.models.tokens import render_chat
+from nla_lens.models.tokens import check_ids, render_chat
 from nla_lens.stream.injection import find_marker, replace, rescale
 from nla_lens.stream.vectors import VectorsLike, check_vectors
 
@@ -221,7 +221,12 @@ class Verbalizer:
             prompt.replace(INJECT, self.spec.injection_char),
             options=self.spec.chat_template_kwargs,
         )
+        self.check_ids(ids)
         return Prompt(tuple(ids), find_marker(ids, self.spec.injection_token_id))
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises an NLAError where the model lacks a token."""
+        check_ids(self.tokenizer, ids, getattr(self.engine, "table_rows", None))
 
     def is_closed(self, ids: Sequence[int]) -> bool:
         """Whether ids end with, or overhang, the closing tag."""

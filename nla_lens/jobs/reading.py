@@ -164,11 +164,11 @@ class Reader:
             if width != self._spec.d_model:
                 return Prepared(error=f"width {width} instead of {self._spec.d_model}")
             return Prepared(picked=range(len(document.vectors)))
-        tokenizer = self._need_source().tokenizer
+        source = self._need_source()
         try:
-            ids = encode(tokenizer, document.text)
+            ids = encode(source, document.text)
             messages = None if isinstance(document.text, str) else document.text
-            tokens = Tokens(ids, _Lazily(ids, self._to_text), messages, tokenizer)
+            tokens = Tokens(ids, _Lazily(ids, self._to_text), messages, source.tokenizer)
             return Prepared(ids, self.picker(tokens))
         except NLAError as error:
             return Prepared(error=str(error))

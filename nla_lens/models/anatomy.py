@@ -66,6 +66,13 @@ def embedding_of(model: Any) -> nn.Module:
     return embedding
 
 
+def table_rows(model: Any) -> int:
+    """How many tokens the token embedding knows."""
+    embedding: Any = embedding_of(model)
+    # Of a quantized table the weight may have another shape.
+    return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
+
+
 def _parts(model: Any) -> tuple[Any, Any, str]:
     # Looked up again on each pass, so it is kept; the list itself is not: somebody may replace it.
     kept = _found.get(model) if isinstance(model, nn.Module) else None

@@ -137,6 +137,27 @@ def tokenize(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> l
         ) from told(error)
 
 
+def check_ids(tokenizer: Any, ids: Sequence[int], rows: int | None) -> None:
+    """Refuses tokens that a model does not know, before its embedding fails on them.
+
+    Args:
+        tokenizer: Where they came from.
+        ids: Token ids.
+        rows: How many tokens the model knows; None where nobody says.
+
+    Raises:
+        NLAError: Names the first.
+    """
+    if rows is None or max(ids, default=0) < rows:
+        return
+    beyond = next(token for token in ids if token >= rows)
+    raise NLAError(
+        f"the tokenizer of {tokenizer.name_or_path} makes the token {beyond} "
+        f"({token_text(tokenizer)(beyond)!r:.80}), and the model knows {rows}: tokens were added "
+        "to one and not to the other"
+    )
+
+
 def token_text(tokenizer: Any) -> Callable[[int], str]:
     """Text of single token ids."""
     return lambda token_id: str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))

@@ -19,7 +19,7 @@ from nla_lens.errors import NLAError
 from nla_lens.models.ambient import undisturbed
 from nla_lens.models.batching import padded_batches, right_padded
 from nla_lens.models.block_reader import kept
-from nla_lens.models.tokens import render_chat, token_text, tokenize
+from nla_lens.models.tokens import check_ids, render_chat, token_text, tokenize
 from nla_lens.stream.frameworks import adapter_of, find_adapter
 from nla_lens.stream.hook_point import ResidPost
 from nla_lens.stream.origin import Origin, locate
@@ -37,7 +37,8 @@ class Source(Protocol):
     """A model whose residual stream can be read; each framework's adapter provides one.
 
     One that can do better than `resid` has a `resid_at(prompts, positions, place, batch_size)`,
-    too: the residual stream at some tokens of prompts of any length, `[n_i, d]` each. One whose
+    too: the residual stream at some tokens of prompts of any length, `[n_i, d]` each. One that
+    knows how many tokens its embedding has says so as `table_rows`. One whose
     values do not depend on what stands after a token may say so by `ignores_what_follows = True`:
     `resid` is then given rows that are cut behind the last position asked for, and padded on the
     right.
@@ -109,7 +110,7 @@ def extract(
     place = ResidPost(int(layer))
     source = open_source(model, n_blocks=place.n_blocks, tokenizer=tokenizer, remote=remote)
     listed: list[Text] = [texts] if isinstance(texts, str) else list(texts)
-    prompts = [encode(source.tokenizer, text) for text in listed]
+    prompts = [encode(source, text) for text in listed]
     picked = [pick_positions(positions, len(ids)) for ids in prompts]
     return read_prompts(source, prompts, picked, place, batch_size)
 
@@ -143,7 +144,7 @@ def read_text(
 ) -> ResidualTensor:
     """The residual of one text at `place`, and of what the model writes next."""
     source.check_place(place)
-    ids = encode(source.tokenizer, text, for_answer=generate > 0)
+    ids = encode(source, text, for_answer=generate > 0)
     picked = pick_positions(positions, len(ids))
     longest = len(ids) + generate if generate > 0 else max(picked, default=0) + 1
     _check_length(source, longest)
@@ -178,12 +179,13 @@ def _read(
     return [found[row] for row in range(len(prompts))]
 
 
-def encode(tokenizer: Any, text: Text, *, for_answer: bool = False) -> list[int]:
+def encode(source: Source, text: Text, *, for_answer: bool = False) -> list[int]:
     """Token ids of a text with its special tokens, or of chat messages.
 
     Raises:
-        NLAError: Neither text nor messages, or nothing at all.
+        NLAError: Neither text nor messages, nothing at all, or a token that the model has not.
     """
+    tokenizer = source.tokenizer
     if isinstance(text, str):
         if not is_unicode(text):
             raise NLAError(f"the text holds half of a surrogate pair: {text!r:.80}")
@@ -194,6 +196,7 @@ def encode(tokenizer: Any, text: Text, *, for_answer: bool = False) -> list[int]
         raise NLAError(f"a text is a string or a list of chat messages, found {text!r:.80}")
     if not ids:
         raise NLAError("the text has no tokens")
+    check_ids(tokenizer, ids, getattr(source, "table_rows", None))
     return ids
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nla_lens.checks import to_path
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import blocks_of, input_device
+from nla_lens.models.anatomy import blocks_of, input_device, table_rows
 from nla_lens.models.block_reader import BlockReader
 from nla_lens.models.cache_keyword import cache_keyword
 from nla_lens.models.caching import is_right_with_its_own_cache
@@ -52,6 +52,11 @@ class HFSource:
     def is_whole(self) -> bool:
         """Whether there is an lm_head to write on with."""
         return self.model.get_output_embeddings() is not None
+
+    @property
+    def table_rows(self) -> int:
+        """How many tokens it knows."""
+        return table_rows(self.model)
 
     @property
     def context_length(self) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor
 from nla_lens.engines import Job, Unfinished
 from nla_lens.engines.local.sampling import Sampler
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import embedding_of
+from nla_lens.models.anatomy import embedding_of, table_rows
 from nla_lens.models.batching import choose_batch_size
 from nla_lens.models.caching import KEYS_AND_VALUES, Caching
 from nla_lens.models.kv_cache import empty_cache, joined, n_shared, repeated, select, shared
@@ -283,6 +283,11 @@ class LocalVerbalizer:
         self._lm, self._device = lm, device
         self.caching = KEYS_AND_VALUES
         self._decoder = Decoder(self, device)  # type: ignore[arg-type]
+
+    @property
+    def table_rows(self) -> int:
+        """How many tokens it knows."""
+        return table_rows(self._lm)
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int]) -> Tensor:

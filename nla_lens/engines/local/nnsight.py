@@ -23,7 +23,7 @@ from nla_lens.engines.local.nnsight_threads import let_threads
 from nla_lens.engines.local.nnsight_traces import PLAIN, Injection, Places, forced, generate, read
 from nla_lens.engines.local.self_check import Script, check_decoding
 from nla_lens.engines.local.transformers import adapter_blocks
-from nla_lens.models.anatomy import width_of
+from nla_lens.models.anatomy import table_rows, width_of
 from nla_lens.models.batching import choose_batch_size, length_batches
 from nla_lens.models.passes import current_pass
 from nla_lens.models.pickling import forget_hooks, make_picklable
@@ -79,6 +79,11 @@ class _Half:
     """
 
     model: Any
+
+    @property
+    def table_rows(self) -> int:
+        """How many tokens it knows."""
+        return table_rows(self.model._module)
 
     def __getstate__(self) -> dict[str, Any]:
         tokenizer = getattr(self.model, "tokenizer", None)

@@ -147,11 +147,13 @@ class TransformerLensReconstructor(_Half):
 
     Attributes:
         bridge: The bridge.
+        table_rows: How many tokens it knows.
     """
 
     def __init__(self, bridge: Any) -> None:
         self.bridge = bridge
         self._last = ResidPost(bridge.cfg.n_layers - 1)
+        self.table_rows = int(bridge.cfg.d_vocab)
 
     @torch.inference_mode()
     def last_resid(self, prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -15,7 +15,7 @@ from nla_lens.engines.local import shared_prefix
 from nla_lens.engines.local.decoding import LocalVerbalizer
 from nla_lens.engines.local.self_check import check_reader, settle_caching
 from nla_lens.errors import NLAError
-from nla_lens.models.anatomy import blocks_of, embedding_of, input_device, width_of
+from nla_lens.models.anatomy import blocks_of, embedding_of, input_device, table_rows, width_of
 from nla_lens.models.block_reader import BlockReader
 from nla_lens.models.cache_keyword import cache_keyword, taken_by
 from nla_lens.models.onednn import ByOneDNN
@@ -167,6 +167,11 @@ class TransformersReconstructor(Pickled):
     def __init__(self, model: Any) -> None:
         self.model = self.hf_model = model
         self.reader = BlockReader(model, len(blocks_of(model)) - 1)
+
+    @property
+    def table_rows(self) -> int:
+        """How many tokens it knows."""
+        return table_rows(self.model)
 
     def last_resid(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """`[n, d]` float32; see `nla_lens.models.block_reader` for how few passes that takes."""

@@ -38,7 +38,7 @@ def words_alone(nla: NLA, taken: Taken, tools: Mapping[str, Any]) -> Measure:
         texts = []
         for context in sample.contexts[:_MOST_DESCRIBED]:
             asked = [{"role": "user", "content": _DESCRIBE.replace("{text}", str(context))}]
-            ids = encode(source.tokenizer, asked, for_answer=True)
+            ids = encode(source, asked, for_answer=True)
             written = source.go_on(ids, _DESCRIPTION_TOKENS)
             texts.append(source.tokenizer.decode(written, skip_special_tokens=True))
     except NLAError as error:
