@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from nla_lens.adapters.transformer_bridge_live import Live
 from nla_lens.adapters.transformer_bridge_run import Run
 from nla_lens.adapters.transformer_bridge_steering import patched_point, watched_model
+from nla_lens.adapters.transformer_bridge_tokenizer import plain_tokenizer
 from nla_lens.engines.local.transformer_lens import let_attention_find_its_cache, resid_post
 from nla_lens.errors import NLAError
 from nla_lens.models.block_reader import may_cut
@@ -124,7 +125,7 @@ class TransformerLensSource:
     """Reads the residual stream at its hook points, in a pass that ends there.
 
     Attributes:
-        tokenizer: The model's own, or the caller's.
+        tokenizer: The model's own, or the caller's; see `transformer_bridge_tokenizer`.
         is_whole: TransformerLens models have all their blocks.
     """
 
@@ -135,7 +136,7 @@ class TransformerLensSource:
         NLAError: There is no tokenizer.
         """
         self.model = model
-        self.tokenizer = tokenizer if tokenizer is not None else model.tokenizer
+        self.tokenizer = tokenizer if tokenizer is not None else plain_tokenizer(model.tokenizer)
         if self.tokenizer is None:
             raise NLAError(f"this {type(model).__name__} has no tokenizer; pass tokenizer=")
 

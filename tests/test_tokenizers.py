@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nla_lens
 from nla_lens import NLA, NLAError, NLAWarning
+from nla_lens.checkpoints.chat import canonical_prompt
 from nla_lens.checkpoints.template import template_of
 from nla_lens.models import limited
 from nla_lens.models.saved_by_5 import reads_as_4
@@ -24,7 +26,7 @@ from nla_lens.stream.hf_source import HFSource
 
 from .checkpoints import build_lora_av, build_source, reference, write_sidecar
 from .checkpoints.sidecars import override
-from .checkpoints.texts import QWEN2_CHAT
+from .checkpoints.texts import BPE_TEXT, QWEN2_CHAT
 from .test_cli import run as run  # the fixture
 from .test_costs import COSTLY, change_json
 
@@ -186,7 +188,8 @@ LACKING = r"makes the token 640 \('zebra'\), and the model knows 640"
 @pytest.mark.parametrize("engine", ["transformers", "transformer_lens", "nnsight"])
 def test_a_token_that_a_half_lacks(engine: str, copies: Any) -> None:
     if engine != "transformers":
-        pytest.importorskip(engine)
+        needs = {"transformer_lens": "transformer_lens.model_bridge", "nnsight": "nnsight"}
+        pytest.importorskip(needs[engine])
     av, ar = copies("llama")
     add_tokens(av, "zebra")
     add_tokens(ar, "zebra")
@@ -417,3 +420,98 @@ def test_an_adapter_with_a_tokenizer_json_alone(adapter: Path) -> None:
     nla = NLA.from_pretrained(av=adapter)
     assert nla.verbalizer.tokenizer.decode(nla.verbalizer.prompt_ids) == due
     assert str(nla.verbalizer.tokenizer.name_or_path) == str(adapter)
+
+
+# --- one text, one set of tokens ---
+
+
+@pytest.mark.parametrize("framework", ["transformers", "transformer_lens", "nnsight"])
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_same_tokens_in_every_framework(framework: str, adds: bool, tmp_path: Path) -> None:
+    """TransformerLens has tokenizers write a BOS where they have one (Pythia's own does not)."""
+    home = build_source(tmp_path / "source", "llama")
+    if not adds:
+        change_tokenizer(home, lambda found: found["post_processor"]["processors"].pop())
+    tokenizer = AutoTokenizer.from_pretrained(str(home))
+    ids = tokenizer("Some words here")["input_ids"]
+    assert (ids[0] == tokenizer.bos_token_id) == adds
+    model: Any = AutoModelForCausalLM.from_pretrained(str(home))
+    due = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0]
+    if framework == "nnsight":
+        nnsight = pytest.importorskip("nnsight")
+        model = nnsight.TransformersModel(
+            model, task="text-generation", tokenizer=load_tokenizer(home)
+        )
+    elif framework == "transformer_lens":
+        bridges = pytest.importorskip("transformer_lens.model_bridge")
+        model = bridges.TransformerBridge.boot_transformers(str(home), device="cpu")
+        assert model.tokenizer("Some words here")["input_ids"][0] == tokenizer.bos_token_id
+    found = nla_lens.extract(model, ["Some words here"], 1)[0]
+    assert found.shape == due.shape
+    assert torch.allclose(found.as_subclass(torch.Tensor), due, atol=1e-5)
+
+
+def test_a_tokenizer_that_only_transformer_lens_knows(tmp_path: Path) -> None:
+    bridges = pytest.importorskip("transformer_lens.model_bridge")
+    home = build_source(tmp_path / "source", "llama")
+    model = bridges.TransformerBridge.boot_transformers(str(home), device="cpu")
+    model.tokenizer.add_tokens(["<mine>"])
+    with pytest.warns(NLAWarning, match="puts? a BOS before each text.*tokens were added"):
+        assert len(nla_lens.extract(model, ["a<mine>"], 1)[0]) == 3
+    assert len(nla_lens.extract(model, ["a"], 1, tokenizer=load_tokenizer(home))[0]) == 2
+
+
+# --- SentencePiece ---
+
+
+def test_a_marker_behind_a_blank_that_opens_each_text(copies: Any) -> None:
+    """As Llama 2's and Mistral's: the marker is one token of the prompt, and two of itself."""
+    av, _ = copies("gemma3_text")
+    plain = NLA.from_pretrained(av=av)
+    change_json(av / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    change_json(av / "config.json", model_type="llama")
+    change_tokenizer(
+        av,
+        lambda found: found.update(
+            normalizer={"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "▁"}, found["normalizer"]]}
+        ),
+    )  # fmt: skip
+    tokenizer = load_tokenizer(av)
+    marker = plain.spec.injection_char
+    _, token_id = tokenizer(marker, add_special_tokens=False)["input_ids"]
+    assert token_id == plain.spec.injection_token_id
+    prompt = canonical_prompt(plain.spec, tokenizer)
+    assert prompt.ids[prompt.marker] == token_id
+    with pytest.raises(NLAError, match="it must be that one token"):
+        canonical_prompt(replace(plain.spec, injection_char="x" + marker), tokenizer)
+    with pytest.raises(NLAError, match="it must be that one token"):
+        canonical_prompt(replace(plain.spec, injection_char=" " + marker), tokenizer)
+
+
+@pytest.mark.parametrize("blank", [True, False])
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GemmaTokenizer"])
+def test_pieces_that_are_not_the_models(blank: bool, name: str, tmp_path: Path) -> None:
+    """A SentencePiece model alone says whether a text begins with a blank; some classes do not
+    ask it."""
+    pieces = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    text = tmp_path / "text.txt"
+    text.write_text(BPE_TEXT)
+    pieces.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=400,
+        model_type="bpe", byte_fallback=True, add_dummy_prefix=blank, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.move(tmp_path / "tokenizer.model", home / "tokenizer.model")
+    (home / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    (home / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer, said = loaded(home)
+    alone = pieces.SentencePieceProcessor(model_file=str(home / "tokenizer.model"))
+    texts = ("The quick brown fox", "UPPER, lower")
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    differ = ids != [alone.encode(text) for text in texts]
+    assert ["tokenizer.model alone" in words for words in said] == [True] * differ
+    assert reads_as_4() or differ == (blank != (name == "LlamaTokenizer"))

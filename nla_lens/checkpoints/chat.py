@@ -9,7 +9,7 @@ from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checkpoints.user_turn import user_turn
 from nla_lens.checks import naming
 from nla_lens.errors import NLAError
-from nla_lens.models.tokens import check_steady, render_chat, tokenize
+from nla_lens.models.tokens import check_steady, render_chat, token_text, tokenize
 from nla_lens.stream.injection import find_marker
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ def canonical_prompt(spec: NLASpec, tokenizer: PreTrainedTokenizerBase) -> Promp
             the chat template writes another prompt each time.
     """
     marker_ids = tokenize(tokenizer, spec.injection_char, add_special_tokens=False)
+    # SentencePiece puts a blank before a text, which is not before the marker in the prompt.
+    if len(marker_ids) == 2 and not spec.injection_char[:1].isspace():
+        marker_ids = marker_ids[1 if not token_text(tokenizer)(marker_ids[0]).strip() else 0 :]
     if marker_ids != [spec.injection_token_id]:
         raise NLAError(
             f"tokens.injection_token_id: the marker {spec.injection_char!r} is {marker_ids} for "

@@ -144,8 +144,10 @@ def _module(root: Any, key: str, ending: str) -> Any:
 
 def _tokens_of(path: str | Path) -> int:
     """How many tokens the tokenizer beside an adapter has; 0 where there is none."""
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
-    if not any((Path(path) / name).is_file() for name in TOKENIZER_NAMES):
-        return 0
-    return len(AutoTokenizer.from_pretrained(str(path)))
+    config, whole = (Path(path) / name for name in TOKENIZER_NAMES)
+    if config.is_file():
+        return len(AutoTokenizer.from_pretrained(str(path)))
+    return int(Tokenizer.from_file(str(whole)).get_vocab_size()) if whole.is_file() else 0

@@ -66,12 +66,13 @@ def check_regular(path: str | Path) -> None:
     """
     if not os.path.isdir(path):
         return
-    for entry in os.scandir(path):
-        # What a link points to may be missing: whoever needs it says so.
-        with contextlib.suppress(OSError):
-            mode = entry.stat().st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise NLAError(f"{entry.path} cannot be read: it is no regular file")
+    with os.scandir(path) as entries:
+        for entry in entries:
+            # What a link points to may be missing: whoever needs it says so.
+            with contextlib.suppress(OSError):
+                mode = entry.stat().st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    raise NLAError(f"{entry.path} cannot be read: it is no regular file")
 
 
 def check_config(path: str | Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from nla_lens.errors import NLAWarning
@@ -22,6 +23,7 @@ _PROBES: Final = (
     " x",
     "UPPER",
 )
+_PLAIN_PROBES: Final = ("The quick brown fox isn't 12345.", "UPPER, lower")
 _MOST_ADDED: Final = 64
 _OF_THE_MODEL: Final = ("byte_fallback", "ignore_merges", "dropout")
 
@@ -35,12 +37,44 @@ def warn_of_two_readings(path: str, tokenizer: Any, whole: Mapping[str, Any], co
         whole: Its parsed tokenizer.json.
         config: Its parsed tokenizer_config.json; empty where there is none.
     """
-    found = _other_tokens(path, tokenizer, whole) or _other_beginning(tokenizer, whole, config)
+    found = _other_tokens(tokenizer, whole) or _other_beginning(tokenizer, whole, config)
     if found:
         warnings.warn(f"the tokenizer of {path}: {found}", NLAWarning, stacklevel=4)
 
 
-def _other_tokens(path: str, tokenizer: Any, whole: Mapping[str, Any]) -> str | None:
+def warn_of_other_pieces(path: str, tokenizer: Any, model_file: Path) -> None:
+    """Says where a tokenizer that transformers made of a SentencePiece model is not that model.
+
+    Args:
+        path: Where it is, for messages.
+        tokenizer: As transformers loaded it.
+        model_file: The SentencePiece model; where it is something else, nothing is said.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor
+
+        alone = SentencePieceProcessor(model_file=str(model_file))
+    # Not installed; or the file is of another kind, as tiktoken's.
+    except (ImportError, OSError, RuntimeError):
+        return
+    known = range(0, alone.get_piece_size(), max(1, alone.get_piece_size() // 16))
+    # Some families number the pieces otherwise.
+    if any(tokenizer.convert_ids_to_tokens(i) != alone.id_to_piece(i) for i in known):
+        return
+    for text in _PLAIN_PROBES:
+        ids, due = tokenizer(text, add_special_tokens=False)["input_ids"], alone.encode(text)
+        if list(ids) != due:
+            warnings.warn(
+                f"the tokenizer of {path}: as {type(tokenizer).__name__} it makes {_shown(ids)} of "
+                f"{text!r}, and {model_file.name} alone {_shown(due)}; a model that was trained "
+                "with the latter reads other tokens here: save its tokenizer.json beside it",
+                NLAWarning,
+                stacklevel=4,
+            )
+            return
+
+
+def _other_tokens(tokenizer: Any, whole: Mapping[str, Any]) -> str | None:
     loaded = getattr(tokenizer, "backend_tokenizer", None)
     if loaded is None:
         return None

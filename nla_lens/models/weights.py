@@ -33,7 +33,7 @@ from nla_lens.models.small_files import (
 )
 from nla_lens.models.tokenizer_limits import check_tokenizer
 from nla_lens.models.turns import turn
-from nla_lens.models.two_readings import warn_of_two_readings
+from nla_lens.models.two_readings import warn_of_other_pieces, warn_of_two_readings
 from nla_lens.models.weight_files import check_unused
 
 if TYPE_CHECKING:
@@ -42,11 +42,16 @@ if TYPE_CHECKING:
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint directory or hub repository; an adapter's may be its base's."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    auto_class: Any = AutoTokenizer
     base = adapter_base(path)
-    if base is not None and not any((Path(path) / name).is_file() for name in TOKENIZER_NAMES):
-        path = base
+    if base is not None:
+        named = [name for name in TOKENIZER_NAMES if (Path(path) / name).is_file()]
+        path = path if named else base
+        if named == ["tokenizer.json"]:
+            # transformers 4 looks for a config beside it.
+            auto_class = PreTrainedTokenizerFast
     path = reached(path)
 
     with _clear_errors(path, "tokenizer", trust_remote_code):
@@ -57,11 +62,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         with _quiet_transformers():
             tokenizer = tokenizer_saved_by_5(path) if reads_as_4() else None
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(path), trust_remote_code=trust_remote_code
-            )
+            tokenizer = auto_class.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         if whole is not None:
             warn_of_two_readings(str(path), tokenizer, whole, config)
+        elif (pieces := find_small_file(path, "tokenizer.model")) is not None:
+            warn_of_other_pieces(str(path), tokenizer, pieces)
     return tokenizer
 
 
