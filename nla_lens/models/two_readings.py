@@ -9,12 +9,9 @@ said.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
-
-from nla_lens.errors import NLAWarning
 
 _WITH_A_BOS: Final = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 """Of these transformers 4 goes by `add_bos_token`, which is true where nothing is said."""
@@ -24,29 +21,30 @@ _PROBES: Final = (
     "UPPER",
 )
 _PLAIN_PROBES: Final = ("The quick brown fox isn't 12345.", "UPPER, lower")
+_SPECIAL_PIECES: Final = 16
+"""Those before may have other names."""
 _MOST_ADDED: Final = 64
 _OF_THE_MODEL: Final = ("byte_fallback", "ignore_merges", "dropout")
 
 
-def warn_of_two_readings(path: str, tokenizer: Any, whole: Mapping[str, Any], config: Any) -> None:
-    """Says where a loaded tokenizer is not what its tokenizer.json says, or may be read otherwise.
+def two_readings(tokenizer: Any, whole: Mapping[str, Any], config: Any) -> str | None:
+    """Where a loaded tokenizer is not what its tokenizer.json says, or may be read otherwise.
 
     Args:
-        path: Where it is, for messages.
         tokenizer: As transformers loaded it.
         whole: Its parsed tokenizer.json.
         config: Its parsed tokenizer_config.json; empty where there is none.
+
+    Returns:
+        What is to be said; None where all say the same.
     """
-    found = _other_tokens(tokenizer, whole) or _other_beginning(tokenizer, whole, config)
-    if found:
-        warnings.warn(f"the tokenizer of {path}: {found}", NLAWarning, stacklevel=4)
+    return _other_tokens(tokenizer, whole) or _other_beginning(tokenizer, whole, config)
 
 
-def warn_of_other_pieces(path: str, tokenizer: Any, model_file: Path) -> None:
-    """Says where a tokenizer that transformers made of a SentencePiece model is not that model.
+def other_pieces(tokenizer: Any, model_file: Path) -> str | None:
+    """Where a tokenizer that transformers made of a SentencePiece model is not that model.
 
     Args:
-        path: Where it is, for messages.
         tokenizer: As transformers loaded it.
         model_file: The SentencePiece model; where it is something else, nothing is said.
     """
@@ -56,22 +54,21 @@ def warn_of_other_pieces(path: str, tokenizer: Any, model_file: Path) -> None:
         alone = SentencePieceProcessor(model_file=str(model_file))
     # Not installed; or the file is of another kind, as tiktoken's.
     except (ImportError, OSError, RuntimeError):
-        return
-    known = range(0, alone.get_piece_size(), max(1, alone.get_piece_size() // 16))
+        return None
+    n_pieces = alone.get_piece_size()
+    known = range(_SPECIAL_PIECES, n_pieces, max(1, n_pieces // 16))
     # Some families number the pieces otherwise.
     if any(tokenizer.convert_ids_to_tokens(i) != alone.id_to_piece(i) for i in known):
-        return
+        return None
     for text in _PLAIN_PROBES:
         ids, due = tokenizer(text, add_special_tokens=False)["input_ids"], alone.encode(text)
         if list(ids) != due:
-            warnings.warn(
-                f"the tokenizer of {path}: as {type(tokenizer).__name__} it makes {_shown(ids)} of "
-                f"{text!r}, and {model_file.name} alone {_shown(due)}; a model that was trained "
-                "with the latter reads other tokens here: save its tokenizer.json beside it",
-                NLAWarning,
-                stacklevel=4,
+            return (
+                f"as {type(tokenizer).__name__} it makes {_shown(ids)} of {text!r}, and "
+                f"{model_file.name} alone {_shown(due)}; a model that was trained with the latter "
+                "reads other tokens here: save its tokenizer.json beside it"
             )
-            return
+    return None
 
 
 def _other_tokens(tokenizer: Any, whole: Mapping[str, Any]) -> str | None:
@@ -95,7 +92,8 @@ def _other_tokens(tokenizer: Any, whole: Mapping[str, Any]) -> str | None:
     for text in _PROBES:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         due = alone.encode(text, add_special_tokens=False).ids
-        if list(ids) != due:
+        # What is unknown may be one token or several, and is none that a model was trained with.
+        if list(ids) != due and tokenizer.unk_token_id not in due:
             return (
                 f"as {type(tokenizer).__name__} it makes {_shown(ids)} of {text[:20]!r}, and "
                 f"tokenizer.json alone {_shown(due)}; a model that was trained with the latter "

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nla_lens.errors import NLAError, told
+from nla_lens.errors import NLAError, NLAWarning, told
 from nla_lens.models import cutting
 from nla_lens.models.anatomy import final_norm_name, remove_final_norm, text_model
 from nla_lens.models.lora import adapter_base, merge_adapter
@@ -33,7 +34,7 @@ from nla_lens.models.small_files import (
 )
 from nla_lens.models.tokenizer_limits import check_tokenizer
 from nla_lens.models.turns import turn
-from nla_lens.models.two_readings import warn_of_other_pieces, warn_of_two_readings
+from nla_lens.models.two_readings import other_pieces, two_readings
 from nla_lens.models.weight_files import check_unused
 
 if TYPE_CHECKING:
@@ -63,10 +64,13 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
             tokenizer = tokenizer_saved_by_5(path) if reads_as_4() else None
         if tokenizer is None:
             tokenizer = auto_class.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        doubt = None
         if whole is not None:
-            warn_of_two_readings(str(path), tokenizer, whole, config)
+            doubt = two_readings(tokenizer, whole, config)
         elif (pieces := find_small_file(path, "tokenizer.model")) is not None:
-            warn_of_other_pieces(str(path), tokenizer, pieces)
+            doubt = other_pieces(tokenizer, pieces)
+    if doubt is not None:
+        warnings.warn(f"the tokenizer of {path}: {doubt}", NLAWarning, stacklevel=2)
     return tokenizer
 
 
