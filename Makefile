@@ -80,7 +80,7 @@ IN_ONE_ENVIRONMENT = benchmarks hostile_servers page rooms schema served server_
 test-sae-lens: .venv-sae-lens/.test  ## run what models and dictionaries are in, with sae-lens and transformer-lens 3.9
 	$(call pytest,.venv-sae-lens) $(WITH_SAE_LENS:%=tests/test_%.py)
 WITH_SAE_LENS = block_reader comparing course decoding evaluation extract families family_halves fast_decoding \
-	hf_model live packaging processes sae sae_formats sae_hostile sae_hub self_check steering threads tiny \
+	hf_model live packaging processes sae sae_formats sae_hostile sae_hub self_check steering threads tiny tokenizers \
 	transformer_lens transformer_lens_engine transformer_lens_hooks verbalizer
 
 # Resolved anew each time. Only torch is held, as each release brings gigabytes of CUDA packages:
