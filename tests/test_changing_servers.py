@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -409,3 +411,38 @@ def test_a_thread_that_gives_up_leaves_the_other_alone(
     whole.join()
     assert found[0] == nla.explain(many(12), **SHORT)
     assert n_asked(server) - asked <= 12, "requests of the one that gave up went on"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ctrl_c_while_requests_are_under_way(
+    engine: str, serve: Callable, load: Callable, nla: NLA, tmp_path: Path
+) -> None:
+    """A real signal: what is finished is in the store, nothing is asked or written afterwards."""
+    server = serve(engine)
+    there = load(server, connections=3)
+    over = threading.Event()
+
+    def interrupted(handler: Handler) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        over.wait(10)
+
+    def never(handler: Handler) -> None:
+        over.wait(10)
+
+    server.acts.extend([None, None, never, never, interrupted])
+    with pytest.raises(KeyboardInterrupt):
+        explain_corpus(there, many(30), tmp_path / "s", **SHORT)
+    files = sorted(path.name for path in (tmp_path / "s").iterdir())
+    asked, kept = n_asked(server), open_store(tmp_path / "s").rows()
+    over.set()
+    time.sleep(0.2)
+    assert n_asked(server) == asked
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == files
+    wanted = nla.explain(many(30), **SHORT)
+    assert 4 <= len(kept) < 30
+    assert all(row["token_ids"] == wanted[row["row"]].token_ids for row in kept)
+    server.acts.clear()
+    server.bodies.clear()
+    done = explain_corpus(there, many(30), tmp_path / "s", **SHORT)
+    assert n_asked(server) == 30 - len(kept)
+    assert [e.token_ids for e in done.explanations()] == [e.token_ids for e in wanted]
