@@ -351,7 +351,10 @@ NAMES = ["~nosuchuser", "~nosuchuser/x", "\0", "a/\0", "x" * 300, "//", "..", ""
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", NAMES)
 def test_odd_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    # Two empty folders: what is above them may hold the checkpoints of other tests.
+    here = tmp_path / "one" / "two"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for load in (
         lambda: NLA.from_pretrained(name),

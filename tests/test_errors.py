@@ -368,6 +368,7 @@ def test_halves_of_two_layers(av: Path, tmp_path: Path) -> None:
         NLA.from_pretrained(av=av, ar=deep)
 
 
+@pytest.mark.filterwarnings("ignore:the tokenizer of .* makes")
 def test_the_tokenizer_of_another_family(av: Path, pair_dirs) -> None:
     for path in pair_dirs("gemma3_text", "replace")[0].glob("*token*"):
         shutil.copy(path, av / path.name)

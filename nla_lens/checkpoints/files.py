@@ -39,7 +39,7 @@ from nla_lens.checkpoints.sidecar import SIDECAR_NAME, Role, Sidecar, read_sidec
 from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError
 from nla_lens.models.lora import CONFIG_NAME, named_base
-from nla_lens.models.small_files import TEMPLATE_NAME, TOKENIZER_NAMES
+from nla_lens.models.tokenizer_names import TEMPLATE_NAME, TOKENIZER_NAMES
 
 _MOST_UPWARD: Final = 2
 

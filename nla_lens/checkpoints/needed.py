@@ -6,7 +6,7 @@ import fnmatch
 from typing import Final
 
 from nla_lens.checkpoints.layout import join, parent
-from nla_lens.models.small_files import TEMPLATES_FOLDER
+from nla_lens.models.tokenizer_names import TEMPLATES_FOLDER
 
 SMALL_FILES: Final = ("*.json", "*.yaml", "*.jinja", "*.txt", "*.model")
 WEIGHTS: Final = ("*.safetensors",)

@@ -9,7 +9,7 @@ from typing import Any
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.disk.reading import read_bytes, read_json
 from nla_lens.errors import NLAError
-from nla_lens.models.small_files import TEMPLATE_NAME, TEMPLATES_FOLDER, TOKENIZER_NAMES
+from nla_lens.models.tokenizer_names import TEMPLATE_NAME, TEMPLATES_FOLDER, TOKENIZER_NAMES
 
 
 def own_template(half: Checkpoint) -> str | None:

@@ -24,7 +24,7 @@ from nla_lens.checkpoints.writing import sidecar_text
 from nla_lens.disk.folder import scratch, write_folder
 from nla_lens.disk.writing import writing
 from nla_lens.errors import NLAError
-from nla_lens.models.small_files import TEMPLATE_NAME
+from nla_lens.models.tokenizer_names import TEMPLATE_NAME
 
 if TYPE_CHECKING:
     from nla_lens.checkpoints.spec import NLASpec

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError, NLAWarning
-from nla_lens.models.small_files import TOKENIZER_NAMES
+from nla_lens.models.tokenizer_names import TOKENIZER_NAMES
 
 CONFIG_NAME: Final = "adapter_config.json"
 _NOT_MERGED: Final = {

@@ -19,10 +19,6 @@ from nla_lens.disk.reading import read_json
 from nla_lens.errors import NLAError
 from nla_lens.models.weight_files import check_weight_files
 
-TOKENIZER_NAMES: Final = ("tokenizer_config.json", "tokenizer.json")
-"""Where one of these is, a tokenizer is."""
-TEMPLATE_NAME: Final = "chat_template.jinja"
-TEMPLATES_FOLDER: Final = "additional_chat_templates"
 INDEX_NAME: Final = "model.safetensors.index.json"
 _MOST_INDEX_BYTES: Final = 64 << 20
 _MOST_BLOCKS: Final = 4096

@@ -90,7 +90,9 @@ def render_text(template: str, values: Mapping[str, Any], now: str | None = None
         return limited_child.render({"template": template, "values": values, "now": now})
     # A template may raise anything.
     except Exception as error:
-        raise NLAError(f"{type(error).__name__}: {error}") from told(error)
+        raise NLAError(f"the chat template fails ({type(error).__name__}: {error})") from told(
+            error
+        )
 
 
 def _given(

@@ -25,7 +25,6 @@ from nla_lens.models.saved_by_5 import (
     tokenizer_saved_by_5,
 )
 from nla_lens.models.small_files import (
-    TOKENIZER_NAMES,
     check_config,
     check_generation_config,
     check_regular,
@@ -33,6 +32,7 @@ from nla_lens.models.small_files import (
     find_small_file,
 )
 from nla_lens.models.tokenizer_limits import check_tokenizer
+from nla_lens.models.tokenizer_names import TOKENIZER_NAMES
 from nla_lens.models.turns import turn
 from nla_lens.models.two_readings import other_pieces, two_readings
 from nla_lens.models.weight_files import check_unused
