@@ -32,7 +32,8 @@ def configure(av: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"num_attention_heads": 0}, "config.json"),
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads is 0"),
+        ({"num_attention_heads": -4}, "config.json: num_attention_heads is -4"),
         ({"num_attention_heads": "4"}, "config.json: num_attention_heads is '4'"),
         ({"num_hidden_layers": "6"}, "config.json: num_hidden_layers is '6'"),
         ({"vocab_size": "640"}, "config.json: vocab_size is '640'"),

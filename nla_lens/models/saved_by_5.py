@@ -113,7 +113,9 @@ def keep_own_head(config: Any, path: str | Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not (os.path.isdir(path) and getattr(config, "tie_word_embeddings", False)):
+    parts = (config, config.get_text_config())
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in parts)
+    if not (os.path.isdir(path) and tied):
         return
     found: dict[str, Path] = {}
     for file in sorted(Path(path).glob("*.safetensors")):
@@ -130,5 +132,5 @@ def keep_own_head(config: Any, path: str | Path) -> None:
         is_same = a.get_shape() == b.get_shape() and all(
             bool(a[i : i + _ROWS].equal(b[i : i + _ROWS])) for i in range(0, rows, _ROWS)
         )
-    if not is_same:
-        config.tie_word_embeddings = False
+    for part in () if is_same else parts:
+        part.tie_word_embeddings = False

@@ -30,6 +30,7 @@ _SLACK: Final = 4 << 20
 _LENGTHS: Final = ("_size", "_dim", "_rank", "_heads", "_layers", "experts", "_channels")
 _NAMES: Final = ("d_model", "d_ff", "n_embd", "n_head", "n_layer", "n_inner", "ffn_dim", "n_heads")
 _INTEGERS: Final = ("max_position_embeddings", "sliding_window", "max_window_layers")
+_POSITIVE: Final = ("hidden_size", "num_attention_heads", "n_embd", "n_head", "n_heads", "d_model")
 _NO_LENGTHS: Final = ("image_size", "chunk_size", "patch_size", "kernel_size")
 
 
@@ -168,7 +169,7 @@ def check_sizes(config: Mapping[str, Any], path: Path, n_bytes: int | None) -> N
 
 
 def check_integers(config: Mapping[str, Any], path: Path) -> None:
-    """Refuses texts where a config has integers: some are read only while a model runs.
+    """Refuses what is no integer, or no number of heads: some are read only while a model runs.
 
     Raises:
         NLAError: Names the key and the value.
@@ -178,6 +179,8 @@ def check_integers(config: Mapping[str, Any], path: Path) -> None:
         for name, value in part.items():
             if isinstance(value, str) and (_is_length(name) or name in _INTEGERS):
                 raise NLAError(f"{path}: {name} is {value!r:.80}; expected an integer")
+            if name in _POSITIVE and is_int(value) and value <= 0:
+                raise NLAError(f"{path}: {name} is {value}; expected a positive integer")
 
 
 def _first(config: Mapping[str, Any], *names: str) -> int | None:
