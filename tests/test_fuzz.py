@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import struct
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import save
 
-from nla_lens import NLAError, NLAWarning
+from nla_lens import NLAError
 from nla_lens.adapters.dictionaries.feature_table import FeatureExplanations
 from nla_lens.checkpoints.chat import canonical_prompt
 from nla_lens.checkpoints.files import Checkpoint
@@ -41,6 +40,8 @@ from nla_lens.results.explanations import Explanations
 
 from .checkpoints import reference
 
+# What is warned of, is accepted.
+pytestmark = pytest.mark.filterwarnings("ignore::nla_lens.errors.NLAWarning")
 MANY = int(os.environ.get("NLA_LENS_FUZZ", "0"))
 D = 64
 
@@ -459,9 +460,7 @@ def test_results_of_anything(small: Small, values: dict, cut: int | None, conten
     path.write_bytes(whole[:at] + content + whole[at:])
     small.run(lambda: view(Explanations.load(path)))
     path.write_bytes(path.read_bytes().replace(b"nla_lens.explanations", b"nla_lens.features"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NLAWarning)
-        small.run(lambda: view(FeatureExplanations.load(path)))
+    small.run(lambda: view(FeatureExplanations.load(path)))
 
 
 # --- that it can fail ---------------------------------------------------------------------------

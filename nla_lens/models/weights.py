@@ -276,7 +276,7 @@ def _clear_errors(path: str | Path, what: str, foreign_code: bool | None = None)
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        if foreign_code is not None and (Path(path) / "config.json").is_file():
+        if foreign_code is not None and os.path.isfile(Path(path) / "config.json"):
             # Where config.json is what cannot be read, this raises.
             _load_config(path, foreign_code)
         reason = " ".join(str(error).split())[:400]
