@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from nla_lens.errors import NLAError
-from nla_lens.halves.explaining import Options
+from nla_lens.halves.options import Options
 from nla_lens.jobs.corpus import Excerpt
 from nla_lens.jobs.job import Job
 from nla_lens.jobs.manifest import about_nla
+from nla_lens.jobs.plan import Plan, Row
 from nla_lens.jobs.positions import Picker
-from nla_lens.jobs.reading import Plan, Reader, Row
+from nla_lens.jobs.reading import Reader
 from nla_lens.jobs.running import Made
 from nla_lens.nla import NLA
 

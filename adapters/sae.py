@@ -11,7 +11,8 @@ from __future__ import annotations
 from nla_lens.adapters.dictionaries.decomposition import Decomposition, decompose
 from nla_lens.adapters.dictionaries.dictionary import Dictionary, DictionaryConfig
 from nla_lens.adapters.dictionaries.feature_table import FeatureExplanation, FeatureExplanations
-from nla_lens.adapters.dictionaries.features import LabelScores, explain_features, label_score
+from nla_lens.adapters.dictionaries.features import explain_features, label_score
+from nla_lens.adapters.dictionaries.labels import LabelScores
 from nla_lens.adapters.dictionaries.loading import load_dictionary
 from nla_lens.adapters.dictionaries.nla_dictionary import NLADictionary
 from nla_lens.adapters.dictionaries.splicing import run_with_nla

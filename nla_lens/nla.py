@@ -17,15 +17,15 @@ from nla_lens.engines import per_half, remote_host
 from nla_lens.engines.served.server import Server
 from nla_lens.errors import NLAError
 from nla_lens.halves.calibrated import Calibrated
-from nla_lens.halves.explaining import Options
 from nla_lens.halves.loading import Request, load_halves
-from nla_lens.halves.reconstructor import Reconstructor, check_texts
+from nla_lens.halves.options import Options
+from nla_lens.halves.reconstructing import Reconstructing
+from nla_lens.halves.reconstructor import Reconstructor
 from nla_lens.halves.saving import Saveable
 from nla_lens.halves.shown import collected, run
 from nla_lens.halves.source import OwnSource
 from nla_lens.halves.verbalizer import Verbalizer
 from nla_lens.models.placement import Placement
-from nla_lens.results import metrics
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.explanations import Explanations
 from nla_lens.stream.extraction import Positions, Source, Text
@@ -34,7 +34,7 @@ from nla_lens.stream.residual import ResidualTensor
 from nla_lens.stream.vectors import VectorBatch, VectorsLike, check_vectors
 
 
-class NLA(Saveable, Calibrated):
+class NLA(Saveable, Calibrated, Reconstructing):
     """A natural language autoencoder: a verbalizer and, where there is one, a reconstructor.
 
     >>> nla = NLA.from_pretrained("tiny")
@@ -244,58 +244,10 @@ class NLA(Saveable, Calibrated):
         """The model whose residual stream is read; see `OwnSource.open`."""
         return self._source.open(model, whole=whole)
 
-    def reconstruct(self, texts: Sequence[str]) -> Tensor:
-        """The vectors that texts stand for.
-
-        Args:
-            texts: n explanations, without tags.
-
-        Returns:
-            `[n, d]` float32 on the CPU, not normalised.
-
-        Raises:
-            NLAError: No reconstructor was loaded.
-        """
-        return self._need_reconstructor().reconstruct(texts)
-
-    def _need_reconstructor(self) -> Reconstructor:
-        if self.reconstructor is None:
-            raise NLAError("this NLA has no reconstructor; load one with ar=")
-        return self.reconstructor
-
-    def score(self, texts: Sequence[str], vectors: VectorsLike) -> metrics.Scores:
-        """How well texts reconstruct vectors.
-
-        Args:
-            texts: n explanations, without tags.
-            vectors: `[n, d]`, in the same order.
-
-        Returns:
-            `.cos`, `.mse_nrm`, `.fve_nrm`, each `[n]`; fve_nrm is None without var_nrm.
-
-        Raises:
-            NLAError: Not as many texts as vectors, or no reconstructor.
-        """
-        batch = check_vectors(vectors, self.spec.d_model)
-        listed = check_texts([texts] if isinstance(texts, str) and not batch.shape else texts)
-        if len(listed) != len(batch):
-            raise NLAError(f"{len(listed)} texts cannot be scored against {len(batch)} vectors")
-        return metrics.score(
-            self.reconstruct(listed),
-            batch.vectors_ND,
-            mse_scale=self.spec.mse_scale,
-            var_nrm=self.spec.var_nrm,
-            mean_D=self._need_reconstructor().mean_D,
-        )
-
     def encode(self, x: VectorsLike, **options: Any) -> list[str]:
         """Texts of vectors, in row-major order: the SAE verb for `explain`."""
         score = None if options.get("num_samples", 1) > 1 else False
         return [e.text for e in self.explain_iter(x, **{"score": score, **options})]
-
-    def decode(self, texts: Sequence[str]) -> Tensor:
-        """Vectors of texts, `[n, d]`: the SAE verb for `reconstruct`."""
-        return self.reconstruct(texts)
 
     def __call__(self, x: VectorsLike, **options: Any) -> Tensor:
         """AR(AV(x)), the reconstruction of x in x's shape; float32 on the CPU, AR's own norm."""

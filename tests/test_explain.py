@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nla_lens import NLA, Explanation, Explanations, NLAError, ResidualTensor
-from nla_lens.halves.explaining import Options
+from nla_lens.halves.options import Options
 from nla_lens.stream.residual import Origin, locate
 
 from .checkpoints import FAMILIES, reference, vectors

@@ -19,8 +19,9 @@ pytest.importorskip("tenacity")
 from nnsight.intervention.backends.remote import RemoteError  # noqa: E402
 from nnsight.schema.response import ResponseModel, Status  # noqa: E402
 
-from nla_lens.engines.ndif.backend import NDIFBackend, Patience, Traffic, _may_pass  # noqa: E402
+from nla_lens.engines.ndif.backend import NDIFBackend, _may_pass  # noqa: E402
 from nla_lens.engines.ndif.errors import SilenceError, StoreError  # noqa: E402
+from nla_lens.engines.ndif.patience import Patience, Traffic  # noqa: E402
 from nla_lens.engines.ndif.time_limit import within  # noqa: E402
 
 Script = list[tuple[int, bytes]]

@@ -20,7 +20,7 @@ import torch
 from nla_lens import NLA, NLAError
 from nla_lens.engines.served.server import Server
 from nla_lens.errors import NLARemoteError
-from nla_lens.halves.explaining import Options
+from nla_lens.halves.options import Options
 from nla_lens.models import limited
 from nla_lens.models.passes import OwnPass, has_hooks
 from nla_lens.results.explanations import Explanations

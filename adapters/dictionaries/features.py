@@ -27,6 +27,7 @@ from nla_lens.adapters.dictionaries.feature_table import (
     FeatureExplanations,
     FeatureStore,
 )
+from nla_lens.adapters.dictionaries.labels import LabelScores
 from nla_lens.adapters.dictionaries.latents import OTHER_LAYER, Latents
 from nla_lens.adapters.dictionaries.loading import opened
 from nla_lens.checks import is_number
@@ -232,34 +233,6 @@ class _Reader:
             return None
         mean_D = unit(self.shift.mean_D[None])[0] * (1 - var) ** 0.5
         return (unit(rows_ND) - mean_D).square().sum(-1) / var
-
-
-@dataclass(frozen=True)
-class LabelScores:
-    """How well labels fit the rows they are for.
-
-    Attributes:
-        cos: `[n]`, cosine of AR(label) and its row.
-        rank: `[n]`, how many of all rows fit AR(label) better than its own; 0 is best.
-        n_rows: Among how many rows.
-    """
-
-    cos: Tensor
-    rank: Tensor
-    n_rows: int
-
-    @property
-    def top1(self) -> float:
-        """Share of labels whose own row fits best; by chance `1 / n_rows`."""
-        return float(self.rank.eq(0).float().mean())
-
-    @property
-    def mean_reciprocal_rank(self) -> float:
-        """Mean of `1 / (rank + 1)`."""
-        return float((1.0 / (self.rank + 1)).mean())
-
-    def __len__(self) -> int:
-        return len(self.cos)
 
 
 def label_score(

@@ -173,26 +173,6 @@ def open_checkpoint(
     return replace(opened, base=found.where, base_said=found.said) if found else opened
 
 
-def fetch_file(checkpoint: Checkpoint, name: str) -> Path:
-    """The path of one file of an open checkpoint, downloaded where that is on the hub.
-
-    A directory on this machine is as it is: the file may be missing there.
-
-    Raises:
-        NLAError: The hub does not give it.
-    """
-    path = checkpoint.path / name
-    if path.is_file() or os.path.isdir(as_path(checkpoint.name)):
-        return path
-    named = HubFolder.parse(checkpoint.name)
-    if named is None:
-        return path
-    # The snapshot's directory is named after its commit.
-    depth = named.folder.count("/") + bool(named.folder)
-    commit = [checkpoint.path, *checkpoint.path.parents][depth].name
-    return hub.download_one(named.repo, commit, join(named.folder, name))
-
-
 def _given_base(base: str | Path, weights: bool) -> str:
     """A base that the caller names: a directory, a repository, or a folder of one."""
     if os.path.isdir(as_path(base)):

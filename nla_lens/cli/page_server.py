@@ -13,8 +13,9 @@ from typing import Any, Final, TypeAlias
 import click
 
 from nla_lens.errors import NLAError
+from nla_lens.results.manifest import MANIFEST
 from nla_lens.results.page import to_data
-from nla_lens.results.store import MANIFEST, Store, open_store, told
+from nla_lens.results.store import Store, open_store, told
 
 _log = logging.getLogger(__name__)
 _HERE = ("127.0.0.1", "localhost", "[::1]")

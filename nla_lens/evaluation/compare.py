@@ -21,7 +21,7 @@ from torch import Tensor
 from nla_lens.errors import NLAError
 from nla_lens.evaluation.comparison import Comparison, Explained, Separating, Word
 from nla_lens.evaluation.sample import Memory
-from nla_lens.halves.explaining import Options
+from nla_lens.halves.options import Options
 from nla_lens.models.ambient import undisturbed
 from nla_lens.nla import NLA
 from nla_lens.results import metrics

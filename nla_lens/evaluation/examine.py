@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
-from nla_lens.halves.explaining import Options
+from nla_lens.halves.options import Options
 from nla_lens.nla import NLA
 from nla_lens.results.claim import Claim
 from nla_lens.results.display import to_html, to_table

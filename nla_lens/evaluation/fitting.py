@@ -8,7 +8,8 @@ from typing import Any, Final
 import numpy as np
 
 from nla_lens.errors import NLAError
-from nla_lens.results.calibration import Calibration, Curve
+from nla_lens.results.calibration import Calibration
+from nla_lens.results.curve import Curve
 from nla_lens.results.evidence import SCORES
 
 _QUANTILES: Final = (0, 0.01, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.99, 1)

@@ -23,7 +23,7 @@ from torch import Tensor
 from nla_lens.checks import check_seed, is_int, is_number
 from nla_lens.errors import NLAError
 from nla_lens.evaluation.swept import NONE, RANDOM, SHUFFLED, VECTOR, Sweep, Swept
-from nla_lens.halves.explaining import Options
+from nla_lens.halves.options import Options
 from nla_lens.models.ambient import undisturbed
 from nla_lens.nla import NLA
 from nla_lens.results.explanation import Explanation

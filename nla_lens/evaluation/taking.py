@@ -15,7 +15,7 @@ from nla_lens.errors import NLAError
 from nla_lens.evaluation.sample import Memory, Sample
 from nla_lens.jobs.job import Job
 from nla_lens.jobs.manifest import about_job
-from nla_lens.jobs.reading import Prepared
+from nla_lens.jobs.plan import Prepared
 from nla_lens.jobs.running import run_job
 from nla_lens.nla import NLA
 from nla_lens.results.store import Store

@@ -9,7 +9,8 @@ from typing import Any
 
 from nla_lens.checkpoints.centre import load_mean
 from nla_lens.checkpoints.chat import canonical_prompt
-from nla_lens.checkpoints.files import Checkpoint, fetch_file, open_checkpoint
+from nla_lens.checkpoints.fetching import fetch_file
+from nla_lens.checkpoints.files import Checkpoint, open_checkpoint
 from nla_lens.checkpoints.folders import Name
 from nla_lens.checkpoints.layout import HEAD_NAME
 from nla_lens.checkpoints.pairs import Bases, open_halves

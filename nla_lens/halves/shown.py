@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from nla_lens.halves.explaining import Options, explain_batch
+from nla_lens.halves.explaining import explain_batch
+from nla_lens.halves.options import Options
 from nla_lens.halves.reconstructor import Reconstructor
 from nla_lens.halves.verbalizer import Verbalizer
 from nla_lens.progress import is_watched, with_progress

@@ -11,10 +11,12 @@ import numpy as np
 
 from nla_lens.checks import is_int
 from nla_lens.errors import NLAError
-from nla_lens.halves.explaining import Options, explain_batch
+from nla_lens.halves.explaining import explain_batch
+from nla_lens.halves.options import Options
 from nla_lens.jobs.inputs import Source, open_corpus
+from nla_lens.jobs.plan import Plan, Row
 from nla_lens.jobs.positions import Picker, Positions
-from nla_lens.jobs.reading import Plan, Reader, Row
+from nla_lens.jobs.reading import Reader
 from nla_lens.nla import NLA
 from nla_lens.progress import waiting
 from nla_lens.results.explanation import Explanation

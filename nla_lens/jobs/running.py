@@ -15,8 +15,8 @@ import torch
 from nla_lens.jobs.inputs import Source
 from nla_lens.jobs.job import Job
 from nla_lens.jobs.manifest import about_job
+from nla_lens.jobs.plan import Row
 from nla_lens.jobs.positions import Positions
-from nla_lens.jobs.reading import Row
 from nla_lens.nla import NLA
 from nla_lens.progress import with_progress
 from nla_lens.results.growing_store import GrowingStore

@@ -16,6 +16,7 @@ from nla_lens.errors import NLAError, NLAWarning, told
 from nla_lens.models import cutting
 from nla_lens.models.anatomy import final_norm_name, remove_final_norm, text_model
 from nla_lens.models.lora import adapter_base, merge_adapter
+from nla_lens.models.quiet import quiet_transformers
 from nla_lens.models.reaching import reached
 from nla_lens.models.saved_by_5 import (
     advice,
@@ -33,7 +34,6 @@ from nla_lens.models.small_files import (
 )
 from nla_lens.models.tokenizer_limits import check_tokenizer
 from nla_lens.models.tokenizer_names import TOKENIZER_NAMES
-from nla_lens.models.turns import turn
 from nla_lens.models.two_readings import other_pieces, two_readings
 from nla_lens.models.weight_files import check_unused
 
@@ -60,7 +60,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         config = check_tokenizer_config(path)
         built_from = find_small_file(path, "tokenizer.json")
         whole = None if built_from is None else check_tokenizer(built_from)
-        with _quiet_transformers():
+        with quiet_transformers():
             tokenizer = tokenizer_saved_by_5(path) if reads_as_4() else None
         if tokenizer is None:
             tokenizer = auto_class.from_pretrained(str(path), trust_remote_code=trust_remote_code)
@@ -208,7 +208,7 @@ def _load(
     if quantization_config is not None:
         # Not passed on as None: that would hide the one in config.json.
         options = {**options, "quantization_config": quantization_config}
-    with _clear_errors(path, "model"), _quiet_transformers():
+    with _clear_errors(path, "model"), quiet_transformers():
         model, report = auto_class.from_pretrained(
             str(path),
             dtype="auto" if dtype is None else dtype,
@@ -290,22 +290,3 @@ def _elsewhere(path: str | Path) -> str:
     if os.path.isdir(path):
         return ""
     return "; where it lies on this machine, name its directory (base= of an adapter's halves)"
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silences the report of unused weights: a reconstructor's lm_head is unused on purpose."""
-    from transformers.utils import logging
-
-    # One at a time: two would each put back what the other had set.
-    with turn(logging):
-        level = logging.get_verbosity()
-        bar = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            logging.set_verbosity(level)
-            if bar:
-                logging.enable_progress_bar()

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,7 +22,8 @@ from nla_lens.disk.reading import read_json
 from nla_lens.disk.writing import make_folder, write_whole
 from nla_lens.errors import NLAError
 from nla_lens.results.calibration_page import draw, lines, page
-from nla_lens.results.evidence import FEATURES, SCORES, Record, evidence
+from nla_lens.results.curve import LARGEST, Curve, finite, read_curve
+from nla_lens.results.evidence import SCORES, Record, evidence
 
 if TYPE_CHECKING:
     from nla_lens.results.explanation import Explanation
@@ -31,33 +31,9 @@ if TYPE_CHECKING:
 FORMAT: Final = "nla_lens.calibration"
 VERSION: Final = 1
 _MOST_BYTES: Final = 1 << 20
-_MOST_POINTS: Final = 1000
-_LARGEST: Final = 1e12
 _SAME: Final = 0.02
 """Numbers of a checkpoint that differ by less, relatively, are the same in another dtype."""
 MEASURES: Final = ("auroc", "ece", "brier")
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What one feature adds to the log odds: straight between points, level beyond the ends.
-
-    Attributes:
-        name: A key of `evidence.FEATURES`.
-        at: The feature at each point, rising.
-        adds: What it adds there.
-        unknown: What is added where the feature is not known.
-    """
-
-    name: str
-    at: tuple[float, ...]
-    adds: tuple[float, ...]
-    unknown: float
-
-    def __call__(self, values_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """`[n]` log odds; NaN is not known."""
-        added_N = np.interp(values_N, self.at, self.adds)
-        return np.where(np.isnan(values_N), self.unknown, added_N)
 
 
 @dataclass(frozen=True)
@@ -181,7 +157,7 @@ class Calibration:
         listed = values.get("features")
         if not isinstance(listed, list) or not listed:
             raise NLAError("features must be a list of at least one")
-        curves = tuple(_curve(entry) for entry in listed)
+        curves = tuple(read_curve(entry) for entry in listed)
         names = [curve.name for curve in curves]
         if len(set(names)) < len(names) or not set(names) & set(SCORES):
             raise NLAError(f"features are {names}; each once, and one of {', '.join(SCORES)}")
@@ -198,7 +174,7 @@ class Calibration:
             raise NLAError("nla must be an object, or null")
         return cls(
             curves,
-            _finite(values.get("intercept"), "intercept"),
+            finite(values.get("intercept"), "intercept"),
             _least(values.get("low_fidelity")),
             nla,
             parts["fitted_on"] or {},
@@ -249,39 +225,12 @@ def calibration_path(path: str | Path) -> Path:
     return path if path.suffix == ".json" else path / CALIBRATION_NAME
 
 
-def _curve(entry: Any) -> Curve:
-    if not isinstance(entry, Mapping):
-        raise NLAError(f"a feature is {entry!r:.80}; expected an object")
-    name = entry.get("name")
-    if not isinstance(name, str) or name not in FEATURES:
-        raise NLAError(
-            f"feature {name!r:.80} is not known here, only {', '.join(FEATURES)}; a later version "
-            "of nla_lens may know it"
-        )
-    at, adds = (_points(entry.get(key), name) for key in ("at", "adds"))
-    if len(at) != len(adds) or any(b <= a for a, b in pairwise(at)):
-        raise NLAError(f"feature {name}: `at` must rise, and be as long as `adds`")
-    return Curve(name, at, adds, _finite(entry.get("unknown"), name))
-
-
-def _points(listed: Any, name: str) -> tuple[float, ...]:
-    if not isinstance(listed, list) or not 1 < len(listed) <= _MOST_POINTS:
-        raise NLAError(f"feature {name} needs lists `at` and `adds` of 2 to {_MOST_POINTS} numbers")
-    return tuple(_finite(value, name) for value in listed)
-
-
 def _least(entry: Any) -> tuple[str, float] | None:
     if entry is None:
         return None
     if not isinstance(entry, Mapping) or entry.get("score") not in ("fve_nrm", "cos"):
         raise NLAError('low_fidelity must be {"score": "fve_nrm" or "cos", "below": NUMBER}')
-    return entry["score"], _finite(entry.get("below"), "low_fidelity")
-
-
-def _finite(value: Any, name: str) -> float:
-    if not is_number(value) or not abs(value) <= _LARGEST:
-        raise NLAError(f"{name} holds {value!r:.80}; expected a finite number")
-    return float(value)
+    return entry["score"], finite(entry.get("below"), "low_fidelity")
 
 
 def _is_plain(value: Any) -> bool:
@@ -293,9 +242,7 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return (
-        value is None
-        or isinstance(value, (str, bool))
-        or (is_int(value) and abs(value) <= _LARGEST)
+        value is None or isinstance(value, (str, bool)) or (is_int(value) and abs(value) <= LARGEST)
     )
 
 

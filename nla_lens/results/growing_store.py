@@ -13,10 +13,11 @@ from nla_lens.checks import to_path
 from nla_lens.disk.writing import make_folder, only_writer, write_whole
 from nla_lens.errors import NLAError
 from nla_lens.foreign import well_formed_in
+from nla_lens.results.manifest import FORMAT, MANIFEST, VERSION, read_manifest
 from nla_lens.results.parquet import write_table
 from nla_lens.results.rows import to_table
 from nla_lens.results.shards import STORE, check_rows
-from nla_lens.results.store import FORMAT, MANIFEST, VERSION, Store, read_manifest
+from nla_lens.results.store import Store
 
 
 class GrowingStore(Store):

@@ -21,13 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nla_lens.checks import is_int, naming, to_path
-from nla_lens.disk.reading import read_json
+from nla_lens.checks import to_path
 from nla_lens.disk.writing import write_whole
 from nla_lens.errors import NLAError
 from nla_lens.results.explanations import Explanations
+from nla_lens.results.manifest import MANIFEST, read_manifest
 from nla_lens.results.page import document, to_page
-from nla_lens.results.rows import USER_TYPES, import_arrow, schema, to_explanations
+from nla_lens.results.rows import import_arrow, schema, to_explanations
 from nla_lens.results.shards import read_around, read_rows, read_vectors, store_id
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
-MANIFEST: Final = "manifest.json"
-FORMAT: Final = "nla_lens.store"
-VERSION: Final = 1
 _SHARD: Final = re.compile(r"rows-(\d{9,})-(\d{9,})\.parquet")
 
 
@@ -292,24 +289,3 @@ def told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise NLAError(f"{path}: {error.strerror or error}") from error
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A store's manifest, checked.
-
-    Raises:
-        NLAError: Of another format, or damaged.
-    """
-    with naming(f"{path.parent} is no store"):
-        manifest = read_json(path)
-    version = manifest.get("version")
-    if manifest.get("format") == FORMAT and is_int(version) and (version or 0) > VERSION:
-        raise NLAError(f"{path} is of version {version}: it needs a newer nla-lens than this one")
-    if (manifest.get("format"), version) != (FORMAT, VERSION):
-        raise NLAError(f"{path} is not of {FORMAT} version {VERSION}")
-    if not all(is_int(manifest.get(k)) for k in ("n_rows", "n_documents")) or not (
-        isinstance(manifest.get("columns"), dict)
-        and all(kind in USER_TYPES for kind in manifest["columns"].values())
-    ):
-        raise NLAError(f"{path} does not say n_rows, n_documents and columns as a store does")
-    return dict(manifest)

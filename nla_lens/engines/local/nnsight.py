@@ -18,9 +18,10 @@ from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import Job
 from nla_lens.engines.local.nnsight_package import import_nnsight
+from nla_lens.engines.local.nnsight_places import Injection, Places
 from nla_lens.engines.local.nnsight_streaming import streamed
 from nla_lens.engines.local.nnsight_threads import let_threads
-from nla_lens.engines.local.nnsight_traces import PLAIN, Injection, Places, forced, generate, read
+from nla_lens.engines.local.nnsight_traces import PLAIN, forced, generate, read
 from nla_lens.engines.local.self_check import Script, check_decoding
 from nla_lens.engines.local.transformers import adapter_blocks
 from nla_lens.models.anatomy import table_rows, width_of

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import Job
-from nla_lens.engines.local.decoding import Decoder, LocalVerbalizer
+from nla_lens.engines.local.decoding import Decoder
+from nla_lens.engines.local.verbalizer import LocalVerbalizer
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import embedding_of, input_device, width_of
 from nla_lens.models.block_reader import BlockReader

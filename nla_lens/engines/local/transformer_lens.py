@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
-from nla_lens.engines.local.decoding import LocalVerbalizer
 from nla_lens.engines.local.self_check import settle_caching
 from nla_lens.engines.local.transformers import adapter_blocks
+from nla_lens.engines.local.verbalizer import LocalVerbalizer
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import final_norm_name, text_model
 from nla_lens.models.batching import length_batches

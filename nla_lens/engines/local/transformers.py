@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines.local import shared_prefix
-from nla_lens.engines.local.decoding import LocalVerbalizer
 from nla_lens.engines.local.self_check import check_reader, settle_caching
+from nla_lens.engines.local.verbalizer import LocalVerbalizer
 from nla_lens.errors import NLAError
 from nla_lens.models.anatomy import blocks_of, embedding_of, input_device, table_rows, width_of
 from nla_lens.models.block_reader import BlockReader

@@ -10,7 +10,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Final, TypeVar
 
@@ -22,6 +21,7 @@ from nnsight.schema.response import ResponseModel, Status
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from nla_lens.engines.ndif.errors import SilenceError, StoreError
+from nla_lens.engines.ndif.patience import Patience, Traffic
 from nla_lens.engines.ndif.results import MOST_BYTES, read_result
 from nla_lens.engines.ndif.wire import BoundedSocket, ask, detail, read_response, session, word
 from nla_lens.foreign import harmless, scrub
@@ -31,43 +31,6 @@ T = TypeVar("T")
 _log = logging.getLogger("nla_lens.remote")
 _TICK: Final = 1.0
 _GATEWAY_ERRORS: Final = (502, 503, 504)
-
-
-@dataclass
-class Patience:
-    """How long to wait, in seconds.
-
-    Attributes:
-        connect: For a connection, tries included.
-        answer: For the server to take a job, its upload included; for it to say how a polled job
-            is doing, tries included; and for a result, with a second more for each 16 KiB of it.
-        queued: Without a word while waiting in line, for a model that is being loaded included.
-        running: Without a word while the model runs.
-    """
-
-    connect: float = 10.0
-    answer: float = 120.0
-    queued: float = 1800.0
-    running: float = 300.0
-
-    def after(self, status: Status | None) -> float:
-        """How long without a word after a status."""
-        return self.running if status in (Status.DISPATCHED, Status.RUNNING) else self.queued
-
-
-@dataclass
-class Traffic:
-    """What travelled.
-
-    Attributes:
-        requests: Jobs sent.
-        sent: Bytes of requests.
-        received: Bytes of results.
-    """
-
-    requests: int = 0
-    sent: int = 0
-    received: int = 0
 
 
 class NDIFBackend(RemoteBackend):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nla_lens.engines.ndif.backend import NDIFBackend, Patience, Traffic
+from nla_lens.engines.ndif.backend import NDIFBackend
 from nla_lens.engines.ndif.errors import told
+from nla_lens.engines.ndif.patience import Patience, Traffic
 from nla_lens.engines.ndif.results import MOST_BYTES
 from nla_lens.engines.ndif.simulation import SimulatedBackend
 from nla_lens.engines.ndif.versions import described

@@ -7,7 +7,7 @@ from typing import Any
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.schema.request import RequestModel
 
-from nla_lens.engines.ndif.backend import Traffic
+from nla_lens.engines.ndif.patience import Traffic
 from nla_lens.models.turns import turn
 
 

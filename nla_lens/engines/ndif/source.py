@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nla_lens.engines.local.nnsight_traces import PLAIN, Places, read, write_on
+from nla_lens.engines.local.nnsight_places import Places
+from nla_lens.engines.local.nnsight_traces import PLAIN, read, write_on
 from nla_lens.engines.ndif.engine import RemoteModel, model_key, request_batches
 from nla_lens.engines.ndif.results import check_ids, check_vectors
 from nla_lens.engines.ndif.server import Server

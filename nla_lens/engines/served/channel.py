@@ -34,7 +34,6 @@ _JOIN_SECONDS: Final = 5.0
 _TOO_BUSY: Final = (429, 502, 503)
 _SMALL_ANSWER: Final = 4 << 20
 _MOST_WORDS: Final = 400
-
 MODELS: Final = "/v1/models"
 Tell = Callable[[int, str], "NLARemoteError | None"]
 """Status and words of a refusal -> what it means for this kind of server; None: nothing special."""

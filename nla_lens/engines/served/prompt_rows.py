@@ -28,7 +28,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from nla_lens.checkpoints.files import Checkpoint, fetch_file, open_checkpoint
+from nla_lens.checkpoints.fetching import fetch_file
+from nla_lens.checkpoints.files import Checkpoint, open_checkpoint
 from nla_lens.checkpoints.folders import Name
 from nla_lens.checkpoints.sidecar import Role
 from nla_lens.disk.reading import read_json

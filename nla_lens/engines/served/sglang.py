@@ -29,10 +29,11 @@ from torch import Tensor
 from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.engines import Job, VerbalizerEngine
+from nla_lens.engines.served.half import Generated, Half
 from nla_lens.engines.served.server import Server
 from nla_lens.engines.served.settings import SGLANG_FLAGS, Told, ask_sglang, of_sglang
 from nla_lens.engines.served.several import on_servers
-from nla_lens.engines.served.verbalizer import Generated, Half, ServedVerbalizer, open_half
+from nla_lens.engines.served.verbalizer import ServedVerbalizer, open_half
 from nla_lens.errors import NLAError, NLARemoteError
 from nla_lens.models.placement import Placement
 

@@ -14,7 +14,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -27,8 +26,9 @@ from nla_lens.checks import is_int
 from nla_lens.engines import Job
 from nla_lens.engines.served.alike import Reading, are_apart, reading_of
 from nla_lens.engines.served.channel import MODELS, Channel
-from nla_lens.engines.served.prompt_rows import PromptRows, model_files, open_rows
-from nla_lens.engines.served.server import Served, Server, listed, pick
+from nla_lens.engines.served.half import Generated, Half
+from nla_lens.engines.served.prompt_rows import model_files, open_rows
+from nla_lens.engines.served.server import Server, listed, pick
 from nla_lens.engines.served.settings import Told
 from nla_lens.engines.served.spreading import spread
 from nla_lens.errors import NLAError, NLARemoteError
@@ -43,32 +43,6 @@ _log = logging.getLogger(__name__)
 _BYTES_A_TOKEN: Final = 1 << 10
 """More than an answer's id and text can take."""
 _BYTES_AN_ANSWER: Final = 1 << 20
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What a server gave for one vector.
-
-    Attributes:
-        ids: Token ids as it sent them, not yet checked.
-        ended: Why it stopped, in its own words.
-    """
-
-    ids: Any
-    ended: str
-
-
-@dataclass(frozen=True)
-class Half:
-    """What the client has of an AV, and what it knows of the server's."""
-
-    spec: NLASpec
-    server: Server
-    served: Served
-    rows: PromptRows
-    eos_ids: frozenset[int]
-    config: Any
-    digest: str
 
 
 class ServedVerbalizer(ABC):

@@ -27,10 +27,11 @@ from nla_lens.checkpoints.files import Checkpoint
 from nla_lens.checkpoints.spec import NLASpec
 from nla_lens.checks import is_int
 from nla_lens.engines import Job, VerbalizerEngine
+from nla_lens.engines.served.half import Generated, Half
 from nla_lens.engines.served.server import Server
 from nla_lens.engines.served.settings import Told, ask_vllm, of_vllm
 from nla_lens.engines.served.several import on_servers
-from nla_lens.engines.served.verbalizer import Generated, Half, ServedVerbalizer, open_half
+from nla_lens.engines.served.verbalizer import ServedVerbalizer, open_half
 from nla_lens.errors import NLARemoteError
 from nla_lens.models.placement import Placement
 
