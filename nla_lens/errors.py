@@ -31,6 +31,11 @@ class ForeignError(Exception):
     """Stands in a traceback for a library's error whose words would steer a terminal."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, or of which class it is where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def told(error: BaseException) -> BaseException:
     """An error as the cause of another: itself, or with its words spelled out."""
     words = str(error)

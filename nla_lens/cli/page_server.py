@@ -23,7 +23,6 @@ _MOST_CONNECTIONS: Final = 32
 _SECONDS: Final = 10.0
 """For a request to come, and for an answer to be taken: nobody is far away."""
 
-
 Answer: TypeAlias = Callable[[], tuple[bytes, str]]
 """What gives a body and its type."""
 
@@ -64,10 +63,8 @@ def make_server(store: Store, port: int, limit: int | None) -> ThreadingHTTPServ
     def answering(make: Callable[[Store, str], bytes], kind: str) -> Answer:
         # A page asks every two seconds; what has not changed is not read again, and is in memory
         # once, however many ask and do not listen.
-        lock, kept = (
-            threading.Lock(),
-            lru_cache(maxsize=1)(lambda token: make(open_store(store.path), token)),
-        )
+        lock = threading.Lock()
+        kept = lru_cache(maxsize=1)(lambda token: make(open_store(store.path), token))
 
         def answer() -> tuple[bytes, str]:
             with lock:

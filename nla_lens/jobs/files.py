@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from nla_lens.checks import to_path
-from nla_lens.errors import NLAError
+from nla_lens.errors import NLAError, first_line
 from nla_lens.jobs.corpus import Document, File, Part
 from nla_lens.jobs.memory import Rows, check_column, from_record
-from nla_lens.jobs.vector_files import first_line, open_npy, open_safetensors
+from nla_lens.jobs.vector_files import open_npy, open_safetensors
 from nla_lens.results.rows import import_arrow
 
 VECTOR_COLUMN: Final = "vector"

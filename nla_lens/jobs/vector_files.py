@@ -6,14 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_lens.errors import NLAError
+from nla_lens.errors import NLAError, first_line
 from nla_lens.jobs.corpus import File, Part
 from nla_lens.jobs.memory import Rows, as_rows
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library's says first."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def open_npy(path: Path) -> list[Part]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nla_lens.errors import NLAError
+from nla_lens.errors import NLAError, first_line
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def torch_device(device: Any) -> Any:
         return torch.empty(0, device=device).device
     # PyTorch without CUDA raises an AssertionError.
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise NLAError(f"device={device!r} cannot be used on this machine: {reason}") from error
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nla_lens.disk.reading import open_regular
 from nla_lens.disk.writing import write_whole
-from nla_lens.errors import NLAError
+from nla_lens.errors import NLAError, first_line
 from nla_lens.results.explanation import Explanation
 from nla_lens.results.lines import Format, damaged
 from nla_lens.results.rows import (
@@ -84,7 +84,7 @@ def read_records(
     try:
         table = arrow.parquet.read_table(path)
     except (OSError, ValueError) as error:
-        raise NLAError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        raise NLAError(f"{path} is damaged: {first_line(error)}") from error
     about: dict[str, Any] = {}
     if missing := [name for name in kind.NEEDED if name not in table.column_names]:
         raise NLAError(f"{path} has no column {missing[0]!r}: it holds no explanations")

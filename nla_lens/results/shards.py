@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
-from nla_lens.errors import NLAError
+from nla_lens.errors import NLAError, first_line
 from nla_lens.results.rows import import_arrow, schema
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _undamaged(path: Path) -> Iterator[None]:
     except (KeyError, OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
         if isinstance(error, NLAError):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise NLAError(
             f"{path} is damaged ({reason}); remove it, and the same command makes it again"
         ) from error

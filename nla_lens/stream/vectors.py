@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from nla_lens.errors import NLAError
+from nla_lens.errors import NLAError, first_line
 from nla_lens.models.ambient import undisturbed
 from nla_lens.stream.origin import Origin
 from nla_lens.stream.residual import ResidualTensor
@@ -84,7 +84,7 @@ def check_vectors(vectors: VectorsLike, d_model: int) -> VectorBatch:
     # torch's own words are of control flow, or of tensors to be converted.
     except (RuntimeError, AssertionError) as error:
         raise NLAError(
-            f"vectors have no values that can be read here ({str(error).splitlines()[0]:.200}): "
+            f"vectors have no values that can be read here ({first_line(error):.200}): "
             "inside torch.func.vmap or FakeTensorMode nothing can be explained; do it outside"
         ) from error
     return VectorBatch(vectors_ND, shape, None if origin is None else origin.flat())
